@@ -1,0 +1,112 @@
+"""Numeric comparison of two outputs, with the tolerances that fxbasis promises.
+
+The relative difference is the largest absolute difference over the largest magnitude of the expected
+output. Tolerances: float64 1e-12, float32 1e-5, float16 5e-3, bfloat16 2e-2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .errors import VerificationError
+
+TOLERANCES: dict[torch.dtype, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The largest difference between two outputs: ``absolute``, and ``relative`` to the largest magnitude."""
+
+    absolute: float
+    relative: float
+
+
+def _leaves(value: Any) -> tuple[list[Any], Any]:
+    leaves, spec = pytree.tree_flatten(value)
+    flat: list[Any] = []
+    specs: list[Any] = [spec]
+    for leaf in leaves:
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            inner, inner_spec = _leaves({f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)})
+            flat += inner
+            specs.append((type(leaf), inner_spec))
+        else:
+            flat.append(leaf)
+    return flat, tuple(specs)
+
+
+def _tensor_difference(expected: torch.Tensor, actual: torch.Tensor, what: str) -> Difference:
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        raise VerificationError(
+            f"{what}: an output of shape {tuple(expected.shape)} {expected.dtype} became "
+            f"{tuple(actual.shape)} {actual.dtype}; leave the layers of this output alone"
+        )
+    if expected.numel() == 0:
+        return Difference(0.0, 0.0)
+    dtype = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = expected.detach().to(dtype), actual.detach().to(dtype)
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = (a - b).abs().masked_fill(same, 0.0)
+    if not bool(gap.isfinite().all()):
+        return Difference(float("inf"), float("inf"))
+    finite = a.abs().nan_to_num(posinf=0.0)
+    absolute = float(gap.max())
+    return Difference(absolute, absolute / max(float(finite.max()), torch.finfo(torch.float32).tiny))
+
+
+def difference(expected: Any, actual: Any, what: str = "comparison") -> Difference:
+    """The largest difference over all tensors of two outputs of the same structure.
+
+    >>> difference(torch.ones(2), torch.tensor([1.0, 1.5]))
+    Difference(absolute=0.5, relative=0.5)
+
+    Raises:
+        VerificationError: when containers, types, shapes or dtypes differ.
+    """
+    (left, left_spec), (right, right_spec) = _leaves(expected), _leaves(actual)
+    if left_spec != right_spec:
+        raise VerificationError(
+            f"{what}: an output of type {type(expected).__name__} became {type(actual).__name__} "
+            "or changed its structure; leave the model as it is"
+        )
+    worst = Difference(0.0, 0.0)
+    for a, b in zip(left, right, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            found = _tensor_difference(a, b, what)
+            worst = Difference(
+                max(worst.absolute, found.absolute), max(worst.relative, found.relative)
+            )
+        elif type(a) is not type(b) or (isinstance(a, (int, float, str, bool)) and a != b):
+            raise VerificationError(f"{what}: the output {a!r} became {b!r}; leave the model as it is")
+    return worst
+
+
+def tolerance(value: Any) -> float:
+    """The tolerance for the coarsest floating dtype among the tensors of ``value``."""
+    leaves, _ = _leaves(value)
+    dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=1e-5)
+
+
+def check_equal(expected: Any, actual: Any, what: str, remedy: str) -> Difference:
+    """The difference of two outputs, refused when it exceeds the tolerance of their dtype.
+
+    Raises:
+        VerificationError: naming ``what``, the figure, the tolerance, and ending with ``remedy``.
+    """
+    found, allowed = difference(expected, actual, what), tolerance(expected)
+    if not found.relative <= allowed:
+        raise VerificationError(
+            f"{what}: outputs differ by {found.relative:.2e} of their largest magnitude "
+            f"(tolerance {allowed:.0e}); {remedy}"
+        )
+    return found

@@ -1,0 +1,130 @@
+"""One forward pass made safe: inputs in three shapes, modes restored, RNG untouched.
+
+``example_inputs`` is a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError
+
+ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that ``example_inputs`` stands for.
+
+    >>> as_arguments({"x": 1})
+    ((), {'x': 1})
+
+    Raises:
+        InputError: for anything that is not a tensor, a tuple or a dict with string keys.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, dict) and all(isinstance(key, str) for key in example_inputs):
+        return (), dict(example_inputs)
+    raise InputError(
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, a tuple of positional "
+        "arguments, or a dict of keyword arguments (one list argument is written as a tuple: ([...],))"
+    )
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Every tensor in a nest of tuples, lists and dicts."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """The same nest with ``function`` applied to every tensor in it."""
+    return pytree.tree_map_only(torch.Tensor, function, value)
+
+
+def describe(example_inputs: Any) -> str:
+    """The shapes, dtypes and devices of the inputs, for messages.
+
+    >>> describe(torch.zeros(1, 3, 8, 8))
+    '(1, 3, 8, 8) float32 cpu'
+    """
+    parts = [
+        f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} {t.device}"
+        for t in tensors_of(example_inputs)
+    ]
+    return ", ".join(parts) or "no tensor"
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module into train or eval mode, and each back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Fix the random state inside, and give the caller's own back afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def run(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Any:
+    """One forward pass without gradients, from a fixed random state.
+
+    Modes and RNG are restored. Buffers are the caller's affair: in training mode BatchNorm updates
+    its statistics.
+
+    Raises:
+        InputError: when the model fails on the inputs; the model's own message is kept.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    with torch.no_grad(), seeded(), in_mode(model, training):
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:
+            raise InputError(
+                f"the model failed on the example inputs ({describe(example_inputs)}): "
+                f"{type(error).__name__}: {error}; pass inputs of the shape, dtype and device that the model takes"
+            ) from error
+
+
+def with_batch(example_inputs: ExampleInputs, batch: int) -> ExampleInputs:
+    """The inputs repeated or cut along dimension 0 to ``batch`` samples.
+
+    >>> with_batch(torch.zeros(1, 3, 8, 8), 2).shape
+    torch.Size([2, 3, 8, 8])
+    """
+
+    def resize(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 0:
+            return tensor
+        copies = -(-batch // tensor.shape[0])
+        return torch.cat([tensor] * copies)[:batch]
+
+    resized: ExampleInputs = map_tensors(resize, example_inputs)
+    return resized
+
+
+def batch_size(example_inputs: ExampleInputs) -> int:
+    """Size of dimension 0 of the first tensor; 1 when no tensor has one.
+
+    >>> batch_size(torch.zeros(4, 3, 8, 8))
+    4
+    """
+    sizes = [tensor.shape[0] for tensor in tensors_of(example_inputs) if tensor.ndim > 0]
+    return sizes[0] if sizes else 1
