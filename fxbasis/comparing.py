@@ -82,9 +82,7 @@ def difference(expected: Any, actual: Any, what: str = "comparison") -> Differen
     for a, b in zip(left, right, strict=True):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
             found = _tensor_difference(a, b, what)
-            worst = Difference(
-                max(worst.absolute, found.absolute), max(worst.relative, found.relative)
-            )
+            worst = Difference(max(worst.absolute, found.absolute), max(worst.relative, found.relative))
         elif type(a) is not type(b) or (isinstance(a, (int, float, str, bool)) and a != b):
             raise VerificationError(f"{what}: the output {a!r} became {b!r}; leave the model as it is")
     return worst

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import InputError
+from .errors import InputError, TraceError
 
+Model = TypeVar("Model", bound=nn.Module)
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -99,7 +101,8 @@ def run(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = Fal
         except Exception as error:
             raise InputError(
                 f"the model failed on the example inputs ({describe(example_inputs)}): "
-                f"{type(error).__name__}: {error}; pass inputs of the shape, dtype and device that the model takes"
+                f"{type(error).__name__}: {error}; "
+                "pass inputs of the shape, dtype and device that the model takes"
             ) from error
 
 
@@ -128,3 +131,38 @@ def batch_size(example_inputs: ExampleInputs) -> int:
     """
     sizes = [tensor.shape[0] for tensor in tensors_of(example_inputs) if tensor.ndim > 0]
     return sizes[0] if sizes else 1
+
+
+def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
+    """A deep copy; with ``share_parameters`` only structure and buffers are copied.
+
+    Raises:
+        TraceError: when the model cannot be copied, as with old-style weight_norm and pruning.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be deep-copied ({error}); old-style weight_norm and pruning "
+            "cause this: call torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove first"
+        ) from error
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its object and its values back afterwards."""
+    kept = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, values in kept:
+                buffers[name] = buffer.copy_(values)

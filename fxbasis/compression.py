@@ -1,0 +1,133 @@
+"""``compress``: trace, number, select, decompose, rewrite, compare."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from .comparing import Difference, check_equal
+from .errors import FxBasisWarning, InputError, PlanError
+from .forms import BasisConv2d, layer_plan
+from .passes.numbering import conv_layers, number_convs
+from .passes.rewriting import RewritePass, check_plan, effective_weight_note, exchange, rewrite_modules
+from .passes.selection import Layers, select
+from .passes.tracing import trace
+from .recipe import Plan
+from .running import ExampleInputs, copy_model, run
+
+__all__ = ["compress", "compression_difference", "plan_of"]
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    layers: Layers = "all",
+    size: int | float = 0.5,
+    form: str = "output",
+    method: str = "svd",
+    plan: Plan | str | Path | None = None,
+) -> nn.Module:
+    """A compressed copy: each selected ``name`` becomes ``name.basis`` and ``name.composition``.
+
+    The copy is compared with the original under the reconstructed weights on the example inputs, which
+    proves trace, rewrite and fold together; accuracy is the user's to measure.
+
+    Args:
+        model: any nn.Module in any mode; it is not touched.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        layers: which convolutions; ``"all"`` means each that qualifies and whose cost falls. Numbers,
+            ranges, names, patterns, functions and dicts of rules: see ``fxbasis.passes.selection``.
+        size: an integer is the number of basis convolutions, a float in (0, 1] the fraction of the layer's
+            out_channels, at least one for each group and capped at the largest useful rank.
+        form: ``"output"``, basis convolution and 1x1 composition of its output.
+        method: ``"svd"``, ``"eigen"``, ``"qr"`` (a subset of filters) or ``"qr-unpivoted"``.
+        plan: a plan, or the file of one, that decides instead of layers, size, form and method.
+
+    Returns:
+        A ``torch.fx.GraphModule`` where the model can be traced as a whole, otherwise a module tree of the
+        same classes; dtypes, devices, modes, memory format and frozen parameters as in the original.
+
+    Raises:
+        SelectionError, LayerError, PlanError, InputError, TraceError: see their messages.
+        VerificationError: when the comparison fails.
+
+    Source: arXiv 2408.06024, arXiv 1906.04509.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
+    >>> small = compress(model, torch.zeros(1, 3, 8, 8), size=4)
+    >>> small.get_submodule("0.basis").weight.shape, small.get_submodule("0.composition").weight.shape
+    (torch.Size([4, 3, 3, 3]), torch.Size([16, 4, 1, 1]))
+    """
+    if example_inputs is None:
+        raise InputError(
+            "compress needs example_inputs to prove its result; pass one batch that the model takes"
+        )
+    traced = trace(model, example_inputs)
+    if plan is None:
+        table = number_convs(traced, example_inputs)
+        plan = select(table, layers, size=size, form=form, method=method) if table else Plan(())
+    elif not isinstance(plan, Plan):
+        plan = Plan.from_json(plan)
+    _say(traced, plan)
+    apply_plan(traced, plan)
+    compression_difference(model, traced, example_inputs)
+    return traced
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, empty: bool = False) -> None:
+    """Rewrite a traced model in place, in graph and modules."""
+    if isinstance(model, fx.GraphModule):
+        RewritePass(plan, empty=empty)(model)
+    else:
+        rewrite_modules(model, plan, empty=empty)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a compressed model was made by.
+
+    Raises:
+        PlanError: when the model was not made by ``compress`` or ``load``.
+    """
+    plans = [layer_plan(layer) for layer in conv_layers(model).values()]
+    found = tuple(plan for plan in plans if plan is not None)
+    if len(found) != len(plans):
+        raise PlanError(f"{type(model).__name__} was not made by compress; compress it first")
+    return Plan(found)
+
+
+def compression_difference(
+    original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs
+) -> Difference:
+    """How far the compressed model is from the original with the folded weights put in.
+
+    Raises:
+        VerificationError: when it exceeds the tolerance of the output's dtype.
+    """
+    reference = copy_model(original, share_parameters=True)
+    convs = conv_layers(reference)
+    for name, layer in conv_layers(compressed).items():
+        if isinstance(layer, BasisConv2d):
+            exchange(reference, convs[name], layer.to_conv2d())
+    return check_equal(
+        run(reference, example_inputs),
+        run(compressed, example_inputs),
+        f"compressed {type(original).__name__} against the original with the reconstructed weights",
+        "please report the model; leave out layers to find the one",
+    )
+
+
+def _say(traced: nn.Module, plan: Plan) -> None:
+    convs: Any = check_plan(traced, plan)
+    for layer in plan.compressed:
+        note = effective_weight_note(convs[layer.name])
+        if note:
+            warnings.warn(f"{layer}: {note}", FxBasisWarning, stacklevel=3)
+    if not plan.compressed:
+        reasons = sorted({layer.reason for layer in plan})
+        why = "; ".join(reasons[:3]) or "the model has no Conv2d"
+        warnings.warn(f"nothing is compressed: {why}", FxBasisWarning, stacklevel=3)

@@ -1,0 +1,61 @@
+"""Files written whole or not at all: to a temporary name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import FxBasisError, UsageError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, or leave what is there untouched.
+
+    Raises:
+        UsageError: when the folder is missing, not writable, or the disk is full.
+    """
+    write_through(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_through(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``."""
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if it does not exist.
+
+    Raises:
+        UsageError: when it cannot be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return folder
+
+
+def cannot_write(path: Path, error: OSError) -> FxBasisError:
+    """The error for a path that cannot be written."""
+    reason = error.strerror or str(error)
+    return UsageError(f"cannot write {path}: {reason}; give a path in a folder that exists and has room")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

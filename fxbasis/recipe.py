@@ -1,0 +1,175 @@
+"""What is done to each convolution of one model: a frozen plan, JSON in and JSON out.
+
+A plan lists every convolution by number, name and shape, those left dense too, with the reason. So it
+rebuilds the structure of a compressed model, and refuses a model that it was not made for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .costs import ConvShape
+from .errors import PlanError
+from .files import write_whole
+
+__all__ = ["DENSE", "LayerPlan", "Plan"]
+
+FORMAT = 1
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One convolution of a plan.
+
+    Attributes:
+        number: its number, from 1, in the order of definition.
+        name: its qualified name.
+        in_channels, out_channels, kernel_size, groups: its shape, by which the model is recognised.
+        form: ``"output"``, or ``"dense"`` for a layer left alone.
+        method: how the basis was found; empty when dense.
+        rank: number of basis convolutions over all groups; 0 when dense.
+        reason: why it is left dense, or a remark.
+    """
+
+    number: int
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    groups: int = 1
+    form: str = DENSE
+    method: str = ""
+    rank: int = 0
+    reason: str = ""
+
+    @property
+    def shape(self) -> ConvShape:
+        """The shape for the closed forms of ``costs``, without bias."""
+        return ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the layer is rewritten."""
+        return self.form != DENSE
+
+    def __str__(self) -> str:
+        weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return f"conv {self.number} ({self.name}), weight {weight}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for every convolution of one model, in the order of their numbers.
+
+    >>> plan = Plan((LayerPlan(number=1, name="conv", in_channels=3, out_channels=8, kernel_size=(3, 3)),))
+    >>> Plan.from_dict(plan.to_dict()) == plan
+    True
+    """
+
+    layers: tuple[LayerPlan, ...]
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def compressed(self) -> tuple[LayerPlan, ...]:
+        """The layers that are rewritten."""
+        return tuple(layer for layer in self.layers if layer.compressed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of plain JSON values."""
+        return {"format": FORMAT, "layers": [asdict(layer) for layer in self.layers]}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the plan to a file, whole or not at all."""
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1).encode())
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "the plan") -> Plan:
+        """The plan that ``to_dict`` describes; other keys of the outer dict are not looked at.
+
+        Raises:
+            PlanError: when something is missing, of the wrong type or out of range.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list):
+            raise PlanError(f'{source} has no list "layers"; write it again with Plan.to_json or save')
+        if data.get("format") != FORMAT:
+            raise PlanError(
+                f"{source} has format {data.get('format')!r}, this version reads {FORMAT}; "
+                "make the plan again"
+            )
+        return cls(tuple(_layer(entry, position, source) for position, entry in enumerate(data["layers"])))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Plan:
+        """Read a plan that ``to_json`` or ``save`` wrote.
+
+        Raises:
+            PlanError: when the file is missing, truncated or damaged.
+        """
+        return cls.from_dict(read_json(Path(path)), str(path))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, with errors that name it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(
+            f"cannot read {path}: {error.strerror or error}; give the file that save wrote"
+        ) from error
+    except ValueError as error:
+        raise PlanError(f"{path} is damaged ({error}); write it again with Plan.to_json or save") from error
+
+
+_TYPES: dict[str, type] = {
+    "number": int,
+    "name": str,
+    "in_channels": int,
+    "out_channels": int,
+    "groups": int,
+    "form": str,
+    "method": str,
+    "rank": int,
+    "reason": str,
+}
+
+
+def _layer(entry: Any, position: int, source: str) -> LayerPlan:
+    where = f"{source}, layer entry {position + 1}"
+    if not isinstance(entry, dict) or set(entry) != {field.name for field in fields(LayerPlan)}:
+        raise PlanError(f"{where} does not have the keys of a layer; make the plan again")
+    for key, kind in _TYPES.items():
+        if type(entry[key]) is not kind or (kind is int and entry[key] < 0):
+            raise PlanError(f"{where}: {key} is {entry[key]!r}; make the plan again")
+    kernel = entry["kernel_size"]
+    if not isinstance(kernel, (list, tuple)) or [type(size) for size in kernel] != [int, int]:
+        raise PlanError(f"{where}: kernel_size is {kernel!r}; make the plan again")
+    layer = LayerPlan(**{**entry, "kernel_size": (kernel[0], kernel[1])})
+    _check_rank(layer, where)
+    return layer
+
+
+def _check_rank(layer: LayerPlan, where: str) -> None:
+    shape = layer.shape
+    sizes = (layer.number, layer.in_channels, layer.out_channels, layer.groups, *layer.kernel_size)
+    if min(sizes) < 1 or layer.in_channels % layer.groups or layer.out_channels % layer.groups:
+        raise PlanError(f"{where}: {layer} is not the shape of a convolution; make the plan again")
+    if layer.compressed and not 1 <= layer.rank <= shape.largest_rank:
+        raise PlanError(
+            f"{where}: {layer}: rank {layer.rank} is not between 1 and {shape.largest_rank}, "
+            "the largest useful rank; make the plan again"
+        )
+    if layer.compressed and layer.rank % layer.groups:
+        raise PlanError(
+            f"{where}: {layer}: rank {layer.rank} is no multiple of its {layer.groups} groups; "
+            "make the plan again"
+        )

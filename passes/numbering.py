@@ -1,0 +1,317 @@
+"""``number_convs``: every Conv2d of a model, numbered in the order of definition.
+
+Each distinct Conv2d module has one number, whether or not it runs and however many names it has; a
+rewritten layer keeps the number of the convolution that it stands for. Sizes, MACs, the order and the
+number of calls come from one run on a copy, so that the model, its statistics and the RNG stay untouched.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from ..costs import ConvShape, dense_macs, dense_params, output_form_macs, output_form_params
+from ..files import write_whole
+from ..forms import BasisConv2d, as_form, layer_plan
+from ..running import ExampleInputs, copy_model, run
+from .base import CONV_NUMBER, FxPass, call_sites
+from .tracing import refuse_lazy
+
+__all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs"]
+
+OK = "ok"
+NO_GAIN = "no gain at any rank"
+UNSUPPORTED = "unsupported"
+COMPRESSED = "compressed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvRecord:
+    """One convolution.
+
+    Attributes:
+        index: its number, from 1. name: its first qualified name.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: its options.
+        output_size: (H, W) of its first call; None without example inputs or when it is never called.
+        macs: multiply-adds of all calls for the example inputs, batch included; None without inputs.
+        params: weights and biases. order: position of its first call, from 1. calls: how many calls.
+        status: ``ok``, ``no gain at any rank``, ``unsupported`` or ``compressed``; reason: why.
+    """
+
+    index: int
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    bias: bool
+    output_size: tuple[int, int] | None
+    macs: int | None
+    params: int
+    order: int | None
+    calls: int | None
+    status: str
+    reason: str
+
+    @property
+    def shape(self) -> ConvShape:
+        """The shape for the closed forms of ``costs``."""
+        return ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups, self.bias)
+
+    def __str__(self) -> str:
+        weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        return f"conv {self.index} ({self.name}), weight {weight}"
+
+
+class ConvTable(Sequence[ConvRecord]):
+    """The records of one model, by position: ``table[0]`` is convolution number 1. Prints as a table."""
+
+    def __init__(self, records: Sequence[ConvRecord]) -> None:
+        self._records = tuple(records)
+
+    @overload
+    def __getitem__(self, index: int) -> ConvRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> ConvTable: ...
+    def __getitem__(self, index: int | slice) -> ConvRecord | ConvTable:
+        return ConvTable(self._records[index]) if isinstance(index, slice) else self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[ConvRecord]:
+        return iter(self._records)
+
+    def __str__(self) -> str:
+        headers = (
+            "#",
+            "name",
+            "in",
+            "out",
+            "kernel",
+            "stride",
+            "groups",
+            "output",
+            "MACs",
+            "params",
+            "status",
+        )
+        return tabulate([_row(record) for record in self], headers=headers, intfmt=",", disable_numparse=True)
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns by name, each a list of one plain value for each convolution."""
+        rows = [asdict(record) for record in self]
+        return {field.name: [row[field.name] for row in rows] for field in fields(ConvRecord)}
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the table as CSV with a header line, whole or not at all."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, [field.name for field in fields(ConvRecord)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(record) for record in self)
+        write_whole(Path(path), text.getvalue().encode())
+
+
+def _row(record: ConvRecord) -> list[str]:
+    status = f"{record.status}: {record.reason}" if record.reason else record.status
+    return [
+        str(record.index),
+        record.name,
+        str(record.in_channels),
+        str(record.out_channels),
+        "x".join(map(str, record.kernel_size)),
+        "x".join(map(str, record.stride)),
+        str(record.groups),
+        "x".join(map(str, record.output_size)) if record.output_size else "-",
+        "-" if record.macs is None else f"{record.macs:,}",
+        f"{record.params:,}",
+        status,
+    ]
+
+
+def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
+    """Every distinct Conv2d or form by its first name, in the order of definition.
+
+    >>> list(conv_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))))
+    ['0', '2']
+    """
+    layers: dict[str, nn.Conv2d | BasisConv2d] = {}
+    factors: set[int] = set()
+    for name, module in model.named_modules():
+        form = as_form(module)
+        if form is not None:
+            layers[name] = form
+            factors |= {id(form.basis), id(form.composition)}
+        elif isinstance(module, nn.Conv2d) and id(module) not in factors:
+            layers[name] = module
+    return layers
+
+
+def number_convs(model: nn.Module, example_inputs: ExampleInputs | None = None) -> ConvTable:
+    """Number the convolutions of a model, with sizes and MACs when inputs are given.
+
+    Args:
+        model: any nn.Module, traced or not, compressed or not; it is not touched.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; MACs count the whole
+            batch.
+
+    Raises:
+        LayerError: when a lazy convolution has no weight yet.
+        InputError: when the model fails on the inputs.
+
+    >>> table = number_convs(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
+    >>> [(record.index, record.name, record.output_size, record.macs) for record in table]
+    [(1, '0', (6, 6), 7776), (2, '1', (6, 6), 2304)]
+    """
+    refuse_lazy(model)
+    layers = conv_layers(model)
+    calls = None if example_inputs is None else _calls(model, example_inputs)
+    readers = _readers(model)
+    return ConvTable(
+        [
+            _record(index, name, layer, calls, readers.get(name, ""))
+            for index, (name, layer) in enumerate(layers.items(), 1)
+        ]
+    )
+
+
+def _calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, list[tuple[int, torch.Size]]]:
+    """For each layer that runs: the position of each call and its output's shape."""
+    copied = copy_model(model, share_parameters=True)
+    found: dict[str, list[tuple[int, torch.Size]]] = {}
+    position = 0
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            nonlocal position
+            position += 1
+            found.setdefault(name, []).append((position, output.shape))
+
+        return hook
+
+    for name, layer in conv_layers(copied).items():
+        last = layer.composition if isinstance(layer, BasisConv2d) else layer
+        last.register_forward_hook(note(name))
+    run(copied, example_inputs)
+    first_calls = sorted(found, key=lambda name: found[name][0][0])
+    return {name: [(first_calls.index(name) + 1, size) for _, size in found[name]] for name in found}
+
+
+def _readers(model: nn.Module) -> dict[str, str]:
+    """For each layer whose weight or bias something else uses too: what that is."""
+    layers = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, nn.Conv2d)}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{key}".lstrip("."))
+    read: dict[str, str] = {}
+    for name, layer in layers.items():
+        for parameter in layer._parameters.values():
+            others = [owner for owner in owners.get(id(parameter), ()) if owner.rpartition(".")[0] != name]
+            if others:
+                read[name] = f"its parameter is also {others[0]}"
+    for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
+        owner, _, key = str(node.target).rpartition(".")
+        if owner in layers:
+            read[owner] = f"its {key} is also read by node {next(iter(node.users), node).name}"
+    return read
+
+
+def _record(
+    index: int,
+    name: str,
+    layer: nn.Conv2d | BasisConv2d,
+    calls: dict[str, list[tuple[int, torch.Size]]] | None,
+    reader: str,
+) -> ConvRecord:
+    kernel, bias = (layer.kernel_size[0], layer.kernel_size[1]), layer.bias is not None
+    shape = ConvShape(layer.in_channels, layer.out_channels, kernel, layer.groups, bias)
+    made = [] if calls is None else calls.get(name, [])
+    sizes = [(int(size[-2]), int(size[-1])) for _, size in made]
+    batches = [int(size[0]) if len(size) == 4 else 1 for _, size in made]
+    status, reason = _status(layer, shape, reader, calls is not None and not made)
+    rank = layer.plan.rank if isinstance(layer, BasisConv2d) else None
+    return ConvRecord(
+        index=index,
+        name=name,
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel_size=kernel,
+        stride=(layer.stride[0], layer.stride[1]),
+        padding=layer.padding if isinstance(layer.padding, str) else (layer.padding[0], layer.padding[1]),
+        dilation=(layer.dilation[0], layer.dilation[1]),
+        groups=layer.groups,
+        bias=bias,
+        output_size=sizes[0] if sizes else None,
+        macs=None if calls is None else sum(map(_macs_of(shape, rank), sizes, batches)),
+        params=dense_params(shape) if rank is None else output_form_params(shape, rank),
+        order=made[0][0] if made else None,
+        calls=None if calls is None else len(made),
+        status=status,
+        reason=reason,
+    )
+
+
+def _macs_of(shape: ConvShape, rank: int | None) -> Any:
+    if rank is None:
+        return lambda size, batch: dense_macs(shape, size, batch)
+    return lambda size, batch: output_form_macs(shape, rank, size, batch)
+
+
+def _status(layer: nn.Conv2d | BasisConv2d, shape: ConvShape, reader: str, idle: bool) -> tuple[str, str]:
+    if isinstance(layer, BasisConv2d):
+        plan = layer.plan
+        return COMPRESSED, f"{plan.form} form, {plan.method}, rank {plan.rank} of {shape.largest_rank}"
+    obstacle = _obstacle(layer) or reader or ("it is not called on these inputs" if idle else "")
+    if obstacle:
+        return UNSUPPORTED, obstacle
+    if not shape.gains:
+        return NO_GAIN, f"break-even rank {shape.break_even_rank:.1f}"
+    decided = layer_plan(layer)
+    return OK, f"left dense: {decided.reason}" if decided is not None else ""
+
+
+def _obstacle(conv: nn.Conv2d) -> str:
+    """Why this convolution cannot be rewritten; empty when it can."""
+    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        return f"its class {type(conv).__name__} has its own forward"
+    if "forward" in conv.__dict__:
+        return "its forward was replaced on the instance"
+    if any(hasattr(hook, "compute_weight") for hook in conv._forward_pre_hooks.values()):
+        return "an old-style weight hook makes its weight; use torch.nn.utils.parametrizations"
+    weight = conv._parameters.get("weight")
+    if weight is None and not parametrize.is_parametrized(conv, "weight"):
+        return "its weight is no parameter"
+    dtype = conv.weight.dtype
+    if not dtype.is_floating_point:
+        return f"its weight is {str(dtype).removeprefix('torch.')}"
+    if conv.groups > 1 and conv.groups == conv.out_channels:
+        return "depthwise: a group of one filter has no smaller basis"
+    return ""
+
+
+class NumberingPass(FxPass):
+    """Write each convolution's number into ``node.meta[CONV_NUMBER]`` of the nodes that call it."""
+
+    def change(self, graph_module: fx.GraphModule) -> int:
+        """Number the call sites; counts those whose number was missing or different."""
+        changed = 0
+        for index, (name, layer) in enumerate(conv_layers(graph_module).items(), 1):
+            factors = {f"{name}.basis", f"{name}.composition"} if isinstance(layer, BasisConv2d) else set()
+            for node in call_sites(graph_module, {name, *factors}):
+                changed += node.meta.get(CONV_NUMBER) != index
+                node.meta[CONV_NUMBER] = index
+        return changed

@@ -1,0 +1,151 @@
+"""``RewritePass``: each Conv2d that a plan names becomes a basis convolution and a composition.
+
+The form module takes the convolution's place in the module tree, under every name that it has. In a
+graph each call of the convolution then becomes two nodes, ``name.basis`` and ``name.composition``. Where a
+call is not a node (a part that stayed Python), or where the convolution has hooks, which belong to one
+call, the form module itself is called. So one exchange serves graphs, parts of graphs and plain modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from ..bases import decompose
+from ..errors import LayerError, PlanError
+from ..forms import LAYER, BasisConv2d, has_hooks
+from ..progress import progress
+from ..recipe import LayerPlan, Plan
+from .base import FxPass, call_sites
+from .numbering import conv_layers
+
+__all__ = ["RewritePass", "check_plan", "exchange", "factorise", "rewrite_modules"]
+
+
+class RewritePass(FxPass):
+    """Rewrite the layers of a plan inside a GraphModule.
+
+    Args:
+        plan: what to do with each convolution; dense layers are marked with their reason only.
+        empty: leave the factors uninitialised, to be loaded; nothing is decomposed.
+    """
+
+    def __init__(self, plan: Plan, *, empty: bool = False) -> None:
+        super().__init__()
+        self.plan = plan
+        self.empty = empty
+
+    def change(self, graph_module: fx.GraphModule) -> int:
+        """Exchange modules, then expand their call sites; counts the layers."""
+        forms = rewrite_modules(graph_module, self.plan, empty=self.empty)
+        for name, form in forms.items():
+            if not has_hooks(form):
+                _expand(graph_module, set(names_of(graph_module, form)) | {name})
+        return len(forms)
+
+
+def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> dict[str, BasisConv2d]:
+    """Exchange the convolutions of a plan for form modules in place; returns them by name.
+
+    All are decomposed before the first is exchanged, so that a refusal leaves the model as it was.
+
+    Raises:
+        PlanError: when the plan is for another model.
+        LayerError: when a weight is not finite or has no data.
+    """
+    convs = check_plan(model, plan)
+    for layer in plan.compressed:
+        _check_weight(convs[layer.name], layer)
+    forms = {
+        layer.name: BasisConv2d.empty_like(convs[layer.name], layer)
+        if empty
+        else factorise(convs[layer.name], layer)
+        for layer in progress(plan.compressed, "decomposing")
+    }
+    for layer in plan:
+        if not layer.compressed:
+            setattr(convs[layer.name], LAYER, layer)
+    for name, form in forms.items():
+        exchange(model, convs[name], form)
+    return forms
+
+
+def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
+    """The convolutions of the model by name, if they are those that the plan was made for.
+
+    Raises:
+        PlanError: naming the first layer that differs.
+    """
+    layers = conv_layers(model)
+    if len(layers) != len(plan):
+        raise PlanError(
+            f"the plan has {len(plan)} convolutions, {type(model).__name__} has {len(layers)}; "
+            "use the model that the plan was made for, uncompressed"
+        )
+    convs: dict[str, nn.Conv2d] = {}
+    for number, ((name, conv), layer) in enumerate(zip(layers.items(), plan, strict=True), 1):
+        found = (number, name, conv.in_channels, conv.out_channels, tuple(conv.kernel_size), conv.groups)
+        meant = (layer.number, layer.name, layer.in_channels, layer.out_channels)
+        if found != (*meant, layer.kernel_size, layer.groups) or not isinstance(conv, nn.Conv2d):
+            raise PlanError(
+                f"the plan's {layer} meets conv {number} ({name}), {type(conv).__name__} of weight "
+                f"{tuple(conv.weight.shape)}; use the model that the plan was made for, uncompressed"
+            )
+        convs[name] = conv
+    return convs
+
+
+def _check_weight(conv: nn.Conv2d, layer: LayerPlan) -> None:
+    if conv.weight.is_meta:
+        raise LayerError(f"{layer}: its weight is on the meta device and has no data; load the weights first")
+    if not bool(torch.isfinite(conv.weight).all()):
+        bad = int((~torch.isfinite(conv.weight)).sum())
+        raise LayerError(
+            f"{layer}: {bad} of its weights are NaN or infinite; "
+            "repair them, or leave the layer out of layers="
+        )
+
+
+def factorise(conv: nn.Conv2d, layer: LayerPlan) -> BasisConv2d:
+    """The form of one convolution, from one decomposition of its effective weight."""
+    with torch.no_grad():
+        factors = decompose(conv.weight, conv.groups, layer.method).factors(layer.rank // conv.groups)
+    return BasisConv2d.from_conv2d(conv, layer, factors)
+
+
+def effective_weight_note(conv: nn.Conv2d) -> str:
+    """A remark for a layer whose weight is computed from others; empty for a plain one."""
+    if not parametrize.is_parametrized(conv, "weight"):
+        return ""
+    kinds = ", ".join(type(part).__name__.lstrip("_") for part in conv.parametrizations["weight"])
+    return f"its parametrization ({kinds}) is replaced by the effective weight"
+
+
+def names_of(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every qualified name of a module: one, or more when it is shared."""
+    return [name for name, found in model.named_modules(remove_duplicate=False) if found is module]
+
+
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``old`` under every name, keeping the order of children."""
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _expand(graph_module: fx.GraphModule, names: set[str]) -> None:
+    graph = graph_module.graph
+    for node in call_sites(graph_module, names):
+        with graph.inserting_before(node):
+            basis = graph.call_module(f"{node.target}.basis", node.args, dict(node.kwargs))
+            composition = graph.call_module(f"{node.target}.composition", (basis,))
+        for new in (basis, composition):
+            new.meta.update(
+                {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+            )
+        node.replace_all_uses_with(composition)
+        graph.erase_node(node)

@@ -1,0 +1,252 @@
+"""``trace``: a copy of the model as one ``torch.fx.GraphModule``, proven equal; otherwise as it was.
+
+Symbolic tracing runs the model's Python once and keeps what it saw. So a graph is accepted only if
+
+1. tracing in train() and in eval() gives the same graph; a part without convolutions in which they
+   differ (stochastic depth, functional dropout) becomes a leaf, which decides at run time;
+2. no context such as ``torch.no_grad`` or ``torch.autocast`` was open where a node was made: fx drops it;
+3. on the example inputs, outputs (their types too) and buffers after the run equal the original's, in
+   eval() and in train().
+
+A model that fails one of these stays Python, as a copy, with a warning that says why. Its convolutions
+are then rewritten by exchanging modules, with the same form modules.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..comparing import check_equal
+from ..errors import FxBasisError, FxBasisWarning, InputError, LayerError
+from ..forms import has_hooks
+from ..running import ExampleInputs, as_arguments, buffers_kept, copy_model, run
+
+__all__ = ["TracedModule", "trace"]
+
+_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+
+
+class ObstacleError(Exception):
+    """Why a model stays Python."""
+
+
+class TracedModule(fx.GraphModule):
+    """A GraphModule that keeps the whole module tree of the traced model.
+
+    A plain GraphModule keeps only what its nodes name, and containers lose their class. Here every
+    submodule, parameter, buffer, plain attribute and hook stays, in the original order, so that
+    ``state_dict`` keys and their order are the model's own.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
+        super().__init__(root, graph, class_name)
+        for key, value in root.__dict__.items():
+            if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
+                self.__dict__[key] = value
+
+    def _deepcopy_init(self) -> Any:
+        name = type(self).__name__
+
+        def init(copied: TracedModule, root: nn.Module, graph: fx.Graph) -> None:
+            TracedModule.__init__(copied, root, graph, name)
+
+        return init
+
+
+class _Tracer(fx.Tracer):
+    """fx's tracer with Conv2d, hooked modules and the given names as leaves."""
+
+    def __init__(self, leaves: set[str]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.leaves = leaves
+        self.context = _open_contexts()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.leaves or isinstance(m, (nn.Conv2d, torch.jit.ScriptModule)):
+            return True
+        return has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _open_contexts() != self.context:
+            raise ObstacleError("it opens a context (no_grad, autocast) that a graph does not keep")
+        return super().create_node(*args, **kwargs)
+
+
+def _open_contexts() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
+    """A traced copy of the model, in the same mode, with the same ``state_dict`` keys.
+
+    Args:
+        model: any nn.Module; it is not touched.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them the copy
+            is proven equal on them; without them only the first two checks of this module are made.
+
+    Returns:
+        A ``torch.fx.GraphModule`` where the whole model can be traced and is proven equal; otherwise a copy
+        that stays Python, with an ``FxBasisWarning`` that says why.
+
+    Raises:
+        TraceError: when the model cannot be copied.
+        LayerError: when a lazy convolution has no weight yet.
+        InputError: when the model fails on the example inputs.
+
+    >>> trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8)).graph.find_nodes(
+    ...     op="call_module", target="0")
+    [_0]
+    """
+    refuse_lazy(model)
+    copied = copy_model(model)
+    if isinstance(copied, fx.GraphModule):
+        return copied
+    try:
+        return _traced(copied, example_inputs)
+    except ObstacleError as obstacle:
+        warnings.warn(
+            f"{type(model).__name__} stays Python, its convolutions are exchanged as modules: {obstacle}",
+            FxBasisWarning,
+            stacklevel=2,
+        )
+        return copied
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse lazy modules whose weight has no shape yet."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise LayerError(
+                f"{name} ({type(module).__name__}) has no weight yet; run one forward pass of the model first"
+            )
+
+
+def _traced(copied: nn.Module, example_inputs: ExampleInputs | None) -> TracedModule:
+    if "forward" in copied.__dict__:
+        raise ObstacleError("its forward was replaced on the instance")
+    before = None if example_inputs is None else _behaviour(copied, example_inputs)
+    graph, root = _graph_of_both_modes(copied, _defaults(copied, example_inputs))
+    _keep_constants(graph, root, copied)
+    traced = TracedModule(copied, graph, type(copied).__name__)
+    if example_inputs is not None:
+        _prove(before, traced, example_inputs)
+    return traced
+
+
+def _behaviour(model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
+    """Output, and buffers afterwards, in eval() and in train(); None where train() does not run."""
+    found: list[Any] = []
+    for training in (False, True):
+        with buffers_kept(model):
+            try:
+                output = run(model, example_inputs, training=training)
+            except InputError:
+                if not training:
+                    raise
+                found.append(None)
+            else:
+                found.append((output, [buffer.clone() for buffer in model.buffers()]))
+    return found
+
+
+def _prove(before: Any, traced: nn.Module, example_inputs: ExampleInputs) -> None:
+    try:
+        after = _behaviour(traced, example_inputs)
+        for mode, expected, actual in zip(("eval()", "train()"), before, after, strict=True):
+            if expected is not None:
+                check_equal(expected, actual, f"traced in {mode}", "it is kept as it is")
+    except FxBasisError as error:
+        raise ObstacleError(str(error)) from error
+
+
+def _defaults(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
+    """Arguments of forward that the example inputs leave at their defaults."""
+    signature = inspect.signature(model.forward)
+    given: set[str] = set()
+    if example_inputs is not None:
+        args, kwargs = as_arguments(example_inputs)
+        given = set(signature.bind(*args, **kwargs).arguments)
+    return {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if parameter.default is not parameter.empty and name not in given
+    }
+
+
+def _graph_of_both_modes(model: nn.Module, defaults: dict[str, Any]) -> tuple[fx.Graph, nn.Module]:
+    """The graph that train() and eval() share, and the copy of the model it was made from."""
+    leaves: set[str] = set()
+    while True:
+        graph, root = _symbolic(model, leaves, defaults, training=False)
+        other, _ = _symbolic(model, leaves, defaults, training=True)
+        pair = _first_difference(graph, other)
+        if pair is None:
+            return graph, root
+        leaves.add(_part_to_keep(model, pair, leaves))
+
+
+def _symbolic(
+    model: nn.Module, leaves: set[str], defaults: dict[str, Any], *, training: bool
+) -> tuple[fx.Graph, nn.Module]:
+    root = copy_model(model, share_parameters=True)
+    for module in root.modules():
+        module.training = training
+    try:
+        graph = _Tracer(leaves).trace(root, concrete_args=defaults or None)
+    except ObstacleError:
+        raise
+    except Exception as error:
+        raise ObstacleError(f"{type(error).__name__}: {error} ({_source_of(error)})") from error
+    for node in graph.find_nodes(op="placeholder"):
+        name = str(node.target).rpartition("_")[0]
+        node.target = name if name in defaults else node.target
+    return graph, root
+
+
+def _source_of(error: BaseException) -> str:
+    """File and line of the innermost frame outside of torch."""
+    place, frame = "unknown line", error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith("<") and file != __file__:
+            place = f"{file}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return place
+
+
+def _first_difference(graph: fx.Graph, other: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
+    for a, b in zip(graph.nodes, other.nodes, strict=False):
+        if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
+            return a, b
+    return None
+
+
+def _part_to_keep(model: nn.Module, pair: tuple[fx.Node, fx.Node], leaves: set[str]) -> str:
+    """The innermost module at the first difference, if it holds no convolution."""
+    for node in pair:
+        stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        name = stack[-1] if stack else ""
+        if name and name not in leaves:
+            part = model.get_submodule(name)
+            if not any(isinstance(module, nn.Conv2d) for module in part.modules()):
+                return name
+    raise ObstacleError(
+        f"train() and eval() take different ways, first at {pair[0].name!r} and {pair[1].name!r}"
+    )
+
+
+def _keep_constants(graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
+    """Tensors that forward makes from constants: buffers outside of the state_dict."""
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if "." not in name and not hasattr(model, name):
+            value = getattr(root, name)
+            if isinstance(value, torch.Tensor):
+                model.register_buffer(name, value, persistent=False)
+            else:
+                setattr(model, name, value)
