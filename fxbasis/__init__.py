@@ -1,10 +1,68 @@
-"""fxbasis: compress the convolutions of any CNN by torch.fx graph rewriting."""
+"""fxbasis: compress the convolutions of any CNN by torch.fx graph rewriting.
 
-from .compression import compress as compress
-from .errors import FxBasisError as FxBasisError
-from .errors import FxBasisWarning as FxBasisWarning
-from .passes.folding import fold as fold
-from .passes.numbering import number_convs as number_convs
-from .passes.tracing import trace as trace
+The way of a model:
+
+    trace -> number_convs -> compress -> (train) -> fold -> profile -> export_onnx -> measure -> report
+
+``compress`` does the first two by itself. Every verb copies; none touches the model it is given.
+"""
+
+from .compression import compress, plan_of
+from .errors import (
+    ExportError,
+    FxBasisError,
+    FxBasisWarning,
+    InputError,
+    LayerError,
+    MissingExtraError,
+    PlanError,
+    SelectionError,
+    TraceError,
+    UsageError,
+    VerificationError,
+)
+from .export.exporting import OnnxFile, export_onnx
+from .export.measuring import Latency, measure
+from .passes.folding import fold
+from .passes.numbering import ConvRecord, ConvTable, number_convs
+from .passes.profiling import LayerProfile, Profile, profile
+from .passes.tracing import trace
+from .recipe import LayerPlan, Plan
+from .reporting import Report, report
+from .saving import load, save
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ConvRecord",
+    "ConvTable",
+    "ExportError",
+    "FxBasisError",
+    "FxBasisWarning",
+    "InputError",
+    "Latency",
+    "LayerError",
+    "LayerPlan",
+    "LayerProfile",
+    "MissingExtraError",
+    "OnnxFile",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "Report",
+    "SelectionError",
+    "TraceError",
+    "UsageError",
+    "VerificationError",
+    "compress",
+    "export_onnx",
+    "fold",
+    "load",
+    "measure",
+    "number_convs",
+    "plan_of",
+    "profile",
+    "report",
+    "save",
+    "trace",
+]

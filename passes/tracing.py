@@ -61,7 +61,7 @@ class TracedModule(fx.GraphModule):
 class _Tracer(fx.Tracer):
     """fx's tracer with Conv2d, hooked modules and the given names as leaves."""
 
-    def __init__(self, leaves: set[str]) -> None:
+    def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = leaves
         self.context = _open_contexts()
@@ -197,7 +197,7 @@ def _symbolic(
     for module in root.modules():
         module.training = training
     try:
-        graph = _Tracer(leaves).trace(root, concrete_args=defaults or None)
+        graph = _Tracer(frozenset(leaves)).trace(root, concrete_args=defaults or None)
     except ObstacleError:
         raise
     except Exception as error:

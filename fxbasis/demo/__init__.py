@@ -1,1 +1,3 @@
-"""The embedded demo."""
+"""The embedded demo: ``fxbasis demo``."""
+
+from .job import run_demo as run_demo

@@ -1,0 +1,340 @@
+"""The command line: ``fxbasis VERB MODEL``, one verb for each step.
+
+Exit code 0: done. 1: a check or a promise failed. 2: a mistake in the command, the model or a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import ExportError, FxBasisError, FxBasisWarning, UsageError, VerificationError
+
+__all__ = ["main"]
+
+MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, package.module:CALLABLE or path/to/file.py:CALLABLE; "
+    "the callable takes no argument and returns a torch.nn.Module"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            result = options.run(options)
+            print(json.dumps(result.json, indent=1) if options.json else result.text)
+        except (VerificationError, ExportError) as error:
+            return _fail(error, 1)
+        except FxBasisError as error:
+            return _fail(error, 2)
+        except KeyboardInterrupt:
+            print("fxbasis: interrupted", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _fail(error: FxBasisError, code: int) -> int:
+    print(f"fxbasis: error: {error}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, FxBasisWarning):
+        print(f"fxbasis: warning: {message}", file=sys.stderr)
+
+
+class _Result:
+    """What a verb prints: text for people, plain values for ``--json``."""
+
+    def __init__(self, text: str, json: Any) -> None:
+        self.text = text
+        self.json = json
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxbasis",
+        description="Compress the convolutions of a CNN into basis convolutions and compositions, "
+        "fold them back, export to ONNX, and measure.",
+        epilog="Start with `fxbasis demo`, or `fxbasis layers torchvision:resnet18`.",
+    )
+    parser.add_argument("--version", action="version", version=f"fxbasis {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, (run, help_text, add) in _VERBS.items():
+        verb = verbs.add_parser(name, help=help_text, description=help_text)
+        add(verb)
+        verb.add_argument("--json", action="store_true", help="print JSON for machines instead of text")
+        verb.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_model_options(parser)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", metavar="FILE", help="state_dict to load: safetensors or torch.save")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read any pickle in --weights; this can run code from the file",
+    )
+    parser.add_argument(
+        "--input",
+        default="1x3x224x224",
+        metavar="NxCxHxW",
+        help="shape of the example input (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of random weights, where --weights is not given (default 0)"
+    )
+
+
+def _add_compressed(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--compressed",
+        metavar="DIR",
+        required=required,
+        help="a folder that `fxbasis compress` wrote for MODEL; use its compressed model",
+    )
+
+
+def _add_timing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=int, default=30, help="timed runs of each model (default 30)")
+    parser.add_argument("--threads", type=int, default=1, help="threads for each run (default 1)")
+
+
+def _load(options: argparse.Namespace, spec: str | None = None) -> Any:
+    from .models import load_model
+
+    return load_model(
+        spec or options.model,
+        weights=options.weights,
+        allow_pickle=options.allow_pickle,
+        seed=options.seed,
+    )
+
+
+def _load_pair(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The model, its compressed version or None, and the example input."""
+    from .models import parse_input
+    from .saving import load
+
+    example = parse_input(options.input)
+    model = _load(options)
+    return model, load(model, options.compressed) if options.compressed else None, example
+
+
+def _add_layers(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_compressed(parser)
+    parser.add_argument("--csv", metavar="FILE", help="also write the table as CSV")
+
+
+def _layers(options: argparse.Namespace) -> _Result:
+    from .passes.numbering import number_convs
+
+    model, small, example = _load_pair(options)
+    table = number_convs(small if small is not None else model, example)
+    if options.csv:
+        table.to_csv(options.csv)
+    total = sum(record.macs or 0 for record in table)
+    text = (
+        f"{table}\n\n{len(table)} convolutions, {total:,} MACs (FLOPs = 2 x MACs) for input {options.input}"
+    )
+    return _Result(text, table.to_dict())
+
+
+def _add_compress(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for models, tables and report")
+    parser.add_argument(
+        "--layers",
+        default="all",
+        help='numbers, ranges and names with commas ("2-5,10"), "re:PATTERN", or "all": every layer whose cost '
+        "falls (default)",
+    )
+    parser.add_argument(
+        "--size",
+        default="0.5",
+        help="basis convolutions of each layer: an integer, or a fraction of its filters (default 0.5)",
+    )
+    parser.add_argument("--form", default="output", help='structure of the subgraph (default "output")')
+    parser.add_argument("--method", default="svd", help="svd (default), eigen, qr or qr-unpivoted")
+    parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of the four above")
+    _add_timing(parser)
+
+
+def _compress(options: argparse.Namespace) -> _Result:
+    from .compression import compress
+    from .models import parse_input
+    from .reporting import report
+
+    example = parse_input(options.input)
+    model = _load(options)
+    small = compress(
+        model,
+        example,
+        layers=options.layers,
+        size=_number(options.size),
+        form=options.form,
+        method=options.method,
+        plan=options.plan,
+    )
+    random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
+    done = report(
+        model,
+        small,
+        example,
+        options.out,
+        title=options.model,
+        remarks=() if options.weights or ":" not in options.model or not _zoo(options.model) else (random,),
+        runs=options.runs,
+        threads=options.threads,
+    )
+    return _Result(f"{done.profile}\n\n{done}\nwritten to {options.out}", done.to_dict())
+
+
+def _zoo(spec: str) -> bool:
+    return spec.startswith(("torchvision:", "timm:"))
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _add_fold(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_compressed(parser, required=True)
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="safetensors file for the folded state_dict"
+    )
+
+
+def _fold(options: argparse.Namespace) -> _Result:
+    from safetensors.torch import save_model
+
+    from .comparing import check_equal
+    from .files import write_through
+    from .passes.folding import fold
+    from .running import run
+
+    _, small, example = _load_pair(options)
+    folded = fold(small)
+    found = check_equal(run(small, example), run(folded, example), "folded model", "please report the model")
+    write_through(Path(options.out), lambda path: save_model(folded, str(path)))
+    text = f"folded into {options.out}: state_dict keys of the original; relative difference {found.relative:.2e}"
+    return _Result(text, {"file": options.out, "relative_difference": found.relative})
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_compressed(parser)
+
+
+def _profile(options: argparse.Namespace) -> _Result:
+    from .passes.profiling import profile
+
+    model, small, example = _load_pair(options)
+    found = profile(small if small is not None else model, example)
+    return _Result(str(found), found.to_dict())
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    _add_compressed(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.onnx", help="the ONNX file to write")
+    parser.add_argument("--static-batch", action="store_true", help="keep the batch size of --input fixed")
+
+
+def _export(options: argparse.Namespace) -> _Result:
+    from .export.exporting import export_onnx
+
+    model, small, example = _load_pair(options)
+    target = small if small is not None else model
+    file = export_onnx(target, example, options.out, dynamic_batch=not options.static_batch)
+    return _Result(
+        str(file),
+        {
+            "file": str(file.path),
+            "size_bytes": file.size_bytes,
+            "exporter": file.exporter,
+            "opset": file.opset,
+            "dynamic_batch": file.dynamic_batch,
+            "relative_difference": file.difference.relative,
+            "tolerance": file.tolerance,
+        },
+    )
+
+
+def _add_measure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"one or more: FILE.onnx, {MODEL_HELP}")
+    _add_model_options(parser)
+    _add_compressed(parser)
+    parser.add_argument(
+        "--runtime", default="onnxruntime", help="onnxruntime (default), or eager for models that are no file"
+    )
+    _add_timing(parser)
+
+
+def _measure(options: argparse.Namespace) -> _Result:
+    from .export.measuring import measure
+    from .models import parse_input
+    from .saving import load
+
+    example = parse_input(options.input)
+    if options.weights and sum(not name.endswith(".onnx") for name in options.models) > 1:
+        raise UsageError("--weights fits one model only; measure the others as ONNX files")
+    targets = {name: name if name.endswith(".onnx") else _load(options, name) for name in options.models}
+    if options.compressed:
+        name, model = next(iter(targets.items()))
+        if isinstance(model, str):
+            raise UsageError(
+                f"--compressed needs a model, {name} is a file; give MODEL, or compressed.onnx itself"
+            )
+        targets[options.compressed] = load(model, options.compressed)
+    times = measure(targets, example, runs=options.runs, threads=options.threads, runtime=options.runtime)
+    first = next(iter(times.values()))
+    lines = [f"{name}: {time}; {time.ratio_to(first):.3f} of the first" for name, time in times.items()]
+    return _Result("\n".join(lines), {name: time.to_dict() for name, time in times.items()})
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="fxbasis-demo", metavar="DIR", help="folder (default %(default)s)")
+
+
+def _demo(options: argparse.Namespace) -> _Result:
+    from .demo import run_demo
+
+    done = run_demo(options.out, say=(lambda _: None) if options.json else print)
+    return _Result(f"{done}\nwritten to {options.out}; read {options.out}/report.md", done.to_dict())
+
+
+_Verb = tuple[Callable[[argparse.Namespace], _Result], str, Callable[[argparse.ArgumentParser], None]]
+_VERBS: dict[str, _Verb] = {
+    "layers": (_layers, "number the convolutions of a model, with sizes, MACs and status", _add_layers),
+    "compress": (_compress, "compress a model, check it, export it, measure it, report", _add_compress),
+    "fold": (_fold, "fold a compressed model back to the original's structure", _add_fold),
+    "profile": (_profile, "count MACs, parameters and activations, layer by layer", _add_profile),
+    "export": (_export, "write a checked ONNX file of a model or its compressed version", _add_export),
+    "measure": (_measure, "measure latency of models and ONNX files, in turn in one loop", _add_measure),
+    "demo": (_demo, "the whole job on an embedded CNN and real handwritten digits", _add_demo),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""``report``: check and measure a compressed model against its original, and write everything down.
+
+The folder gets ``plan.json``, ``model.safetensors``, ``original.onnx``, ``compressed.onnx``, ``report.md``,
+``report.json`` and ``table.csv``: all of them, or none when a step fails.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .comparing import Difference, check_equal
+from .compression import compression_difference
+from .errors import PlanError
+from .export.exporting import OnnxFile, export_onnx
+from .export.measuring import Latency, measure
+from .files import cannot_write, make_folder
+from .passes.folding import fold
+from .passes.profiling import LayerProfile, Profile, profile
+from .running import ExampleInputs, describe, run
+from .saving import load, save
+
+__all__ = ["Report", "report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known about one compression.
+
+    Attributes:
+        title: the model. inputs: shapes of the example inputs.
+        profile: work and size of each layer, before and after.
+        original, compressed: measured latencies, taken in turn in one loop.
+        original_onnx, compressed_onnx: the checked ONNX files.
+        differences: the largest difference after rewrite, fold, load; and of each export in ONNX Runtime.
+        machine: processor, operating system and versions.
+        remarks: what a reader must know, such as random weights or accuracies, in sentences.
+    """
+
+    title: str
+    inputs: str
+    profile: Profile
+    original: Latency
+    compressed: Latency
+    original_onnx: OnnxFile
+    compressed_onnx: OnnxFile
+    differences: Mapping[str, Difference]
+    machine: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def time_ratio(self) -> float:
+        """Time of the compressed model over that of the original: median of the ratios run by run."""
+        return self.compressed.ratio_to(self.original)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "title": self.title,
+            "inputs": self.inputs,
+            "remarks": list(self.remarks),
+            "time_ratio": self.time_ratio,
+            "original": self.original.to_dict(),
+            "compressed": self.compressed.to_dict(),
+            "size_bytes": {
+                "original": self.original_onnx.size_bytes,
+                "compressed": self.compressed_onnx.size_bytes,
+            },
+            "differences": {key: asdict(value) for key, value in self.differences.items()},
+            "profile": self.profile.to_dict(),
+            "machine": dict(self.machine),
+        }
+
+    def to_csv(self) -> str:
+        """One line for each layer, with a header."""
+        text = io.StringIO()
+        rows = [asdict(layer) for layer in self.profile.layers]
+        writer = csv.DictWriter(text, list(LayerProfile.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """The report as a reader sees it."""
+        kept = [layer for layer in self.profile.convs if layer.form == "dense"]
+        sections = [
+            f"# {self.title}: compressed by fxbasis",
+            f"Example inputs: {self.inputs}.",
+            *self.remarks,
+            "## Whole model",
+            self._totals(),
+            f"Work: {self.profile.summary()}.",
+            f"Time: {self.original}; {self.compressed}. Both ran in turn in one loop; the ratio "
+            f"{self.time_ratio:.3f} is the median over the runs, pair by pair.",
+            *([] if self.time_ratio < 1 else ["**The compressed model is not faster on this machine.**"]),
+            "## Checks",
+            self._checks(),
+            "## Layers",
+            "MACs of the whole batch; R* is the break-even rank, below which a basis is cheaper than dense.",
+            self.profile.table("github"),
+            f"{len(self.profile.convs) - len(kept)} of {len(self.profile.convs)} convolutions are rewritten; "
+            "the others stay dense for the reason in their row.",
+            "Not counted: " + ", ".join(f"{k} x{v}" for k, v in self.profile.uncounted.most_common()) + ".",
+            "Machine: " + ", ".join(f"{key} {value}" for key, value in self.machine.items()) + ".",
+        ]
+        return "\n\n".join(sections) + "\n"
+
+    def _totals(self) -> str:
+        size, small = self.original_onnx.size_bytes, self.compressed_onnx.size_bytes
+        before, after = self.original.median_ms, self.compressed.median_ms
+        work = self.profile
+        rows = [
+            ("", "original", "compressed", "ratio"),
+            ("---",) * 4,
+            ("MACs", f"{work.macs_before:,}", f"{work.macs:,}", f"{work.macs / work.macs_before:.3f}"),
+            (
+                "parameters",
+                f"{work.params_before:,}",
+                f"{work.params:,}",
+                f"{work.params / work.params_before:.3f}",
+            ),
+            ("median time, ms", f"{before:.3f}", f"{after:.3f}", f"{self.time_ratio:.3f}"),
+            ("ONNX file, bytes", f"{size:,}", f"{small:,}", f"{small / size:.3f}"),
+        ]
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+    def _checks(self) -> str:
+        rows = [f"| {key} | {d.absolute:.2e} | {d.relative:.2e} |" for key, d in self.differences.items()]
+        return "\n".join(
+            ["| compared | largest difference | relative to the largest output |", "|---|---|---|", *rows]
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.title}: {self.profile.summary()}\n"
+            f"time {self.time_ratio:.3f} of the original ({self.compressed.median_ms:.3f} against "
+            f"{self.original.median_ms:.3f} ms, {self.original.runtime}, {self.original.threads} thread(s), "
+            f"batch {self.original.batch}, {self.original.runs} runs in turn)\n"
+            f"ONNX file {self.compressed_onnx.size_bytes:,} of {self.original_onnx.size_bytes:,} bytes"
+        )
+
+
+def report(
+    original: nn.Module,
+    compressed: nn.Module,
+    example_inputs: ExampleInputs,
+    folder: str | Path,
+    *,
+    title: str = "",
+    remarks: tuple[str, ...] = (),
+    runs: int = 30,
+    threads: int = 1,
+) -> Report:
+    """Check, export and measure both models, and write the folder.
+
+    Args:
+        original, compressed: the pair; neither is touched.
+        example_inputs: what both run on; latency is measured at this batch size.
+        folder: made if needed; files of the same names are replaced, once everything has succeeded.
+        title: a heading; the class name of the original if empty.
+        remarks: sentences to put on top.
+        runs, threads: of the latency measurement in ONNX Runtime.
+
+    Raises:
+        VerificationError, ExportError: when a check or an export fails; then nothing is written.
+        UsageError: when the folder cannot be written.
+    """
+    folder = make_folder(Path(folder))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            draft = Path(temporary)
+            found = _examine(original, compressed, example_inputs, draft, title, remarks, runs, threads)
+            (draft / "report.md").write_text(found.to_markdown(), encoding="utf-8")
+            (draft / "report.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+            (draft / "table.csv").write_text(found.to_csv(), encoding="utf-8")
+            for file in sorted(draft.iterdir()):
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return found
+
+
+def _examine(
+    original: nn.Module,
+    compressed: nn.Module,
+    example_inputs: ExampleInputs,
+    folder: Path,
+    title: str,
+    remarks: tuple[str, ...],
+    runs: int,
+    threads: int,
+) -> Report:
+    work = profile(compressed, example_inputs)
+    if not work.convs:
+        raise PlanError(
+            f"{type(original).__name__} has no Conv2d, so there is nothing to report on; use profile"
+        )
+    differences = check_all(original, compressed, example_inputs, folder)
+    files = {
+        name: export_onnx(model, example_inputs, folder / f"{name}.onnx")
+        for name, model in (("original", original), ("compressed", compressed))
+    }
+    for name, file in files.items():
+        differences[f"ONNX Runtime, {name}, other inputs and batch sizes"] = file.difference
+    paths = {name: file.path for name, file in files.items()}
+    times = measure(paths, example_inputs, runs=runs, threads=threads)
+    return Report(
+        title=title or type(original).__name__,
+        inputs=describe(example_inputs),
+        profile=work,
+        original=times["original"],
+        compressed=times["compressed"],
+        original_onnx=files["original"],
+        compressed_onnx=files["compressed"],
+        differences=differences,
+        machine=machine(),
+        remarks=remarks,
+    )
+
+
+def check_all(
+    original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs, folder: Path
+) -> dict[str, Difference]:
+    """Compare the compressed model with its reconstruction, its fold, and itself saved and loaded."""
+    expected = run(compressed, example_inputs)
+    remedy = "please report the model"
+    loaded = load(original, save(compressed, folder))
+    return {
+        "rewritten, to the original with the reconstructed weights": compression_difference(
+            original, compressed, example_inputs
+        ),
+        "folded, to the compressed model": check_equal(
+            expected, run(fold(compressed), example_inputs), "folded model", remedy
+        ),
+        "saved and loaded, to the compressed model": check_equal(
+            expected, run(loaded, example_inputs), "loaded model", remedy
+        ),
+    }
+
+
+def machine() -> dict[str, str]:
+    """Processor, operating system and versions that a measurement depends on."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = processor or "unknown processor"
+    return {
+        "processor": f"{processor} ({os.cpu_count()} cores)",
+        "system": platform.system(),
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    }

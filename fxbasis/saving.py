@@ -1,0 +1,124 @@
+"""``save`` and ``load``: a folder with ``plan.json`` and ``model.safetensors``, and no pickle in it.
+
+The plan rebuilds the structure, the safetensors file holds the weights. ``plan.json`` keeps the SHA-256
+of the weights, so that a truncated, altered or mixed-up pair is refused. Each file is written whole or not
+at all, the plan last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import fx, nn
+
+from .compression import apply_plan, plan_of
+from .errors import PlanError
+from .files import make_folder, write_through, write_whole
+from .passes.rewriting import check_plan
+from .passes.tracing import trace
+from .recipe import Plan, read_json
+from .running import copy_model
+
+__all__ = ["load", "save"]
+
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a compressed model to a folder, which is made if needed; returns the folder.
+
+    Raises:
+        PlanError: when the model was not made by ``compress`` or ``load``.
+        UsageError: when the folder cannot be written; what was there stays as it was.
+
+    >>> import tempfile, torch, fxbasis
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
+    >>> small = fxbasis.compress(model, torch.zeros(1, 3, 8, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = load(model, save(small, folder))
+    >>> bool((again(torch.ones(1, 3, 8, 8)) == small(torch.ones(1, 3, 8, 8))).all())
+    True
+    """
+    plan = plan_of(model)
+    folder = make_folder(Path(folder))
+    write_through(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path)))
+    content = plan.to_dict() | {
+        "graph": isinstance(model, fx.GraphModule),
+        "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+    }
+    write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
+    return folder
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """The compressed model that ``save`` wrote, on the structure of a fresh uncompressed one.
+
+    Needs no data and decomposes nothing. Outputs are bit-equal to those of the saved model.
+
+    Args:
+        model: the model that was compressed, with any weights; it is not touched.
+        folder: what ``save`` wrote.
+
+    Raises:
+        PlanError: when a file is missing, truncated or altered, or belongs to another model.
+    """
+    folder = Path(folder)
+    content = read_json(folder / PLAN_FILE)
+    plan = Plan.from_dict(content, str(folder / PLAN_FILE))
+    _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
+    check_plan(model, plan)
+    loaded = trace(model) if content.get("graph") else copy_model(model)
+    apply_plan(loaded, plan, empty=True)
+    _check_tensors(loaded, folder / WEIGHTS_FILE)
+    load_model(loaded, folder / WEIGHTS_FILE)
+    return loaded
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_hash(path: Path, expected: object) -> None:
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}; give a folder that save wrote") from error
+    if found != expected:
+        raise PlanError(
+            f"{path} is not the file that {PLAN_FILE} beside it was written for (its SHA-256 differs): it is "
+            "truncated, altered or from another save; save the model again"
+        )
+
+
+def _check_tensors(model: nn.Module, path: Path) -> None:
+    """Compare names, shapes and dtypes before anything is loaded."""
+    state = model.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            shared = set(file.metadata() or ())
+    except SafetensorError as error:
+        raise PlanError(f"{path} is damaged ({error}); save the model again") from error
+    missing = sorted(set(state) - set(stored) - shared)
+    unknown = sorted(set(stored) - set(state))
+    if missing or unknown:
+        raise PlanError(
+            f"{path} lacks {missing[:3]} and has {unknown[:3]} beyond what {type(model).__name__} has; "
+            "use the model that was compressed"
+        )
+    for key, tensor in stored.items():
+        if (tensor.shape, tensor.dtype) != (state[key].shape, state[key].dtype):
+            raise PlanError(
+                f"{path}: {key} is {tuple(tensor.shape)} {tensor.dtype}, the model has "
+                f"{tuple(state[key].shape)} {state[key].dtype}; use the model that was compressed, "
+                f"in that dtype (model.to(...))"
+            )

@@ -1,0 +1,374 @@
+"""``profile``: the work of each layer, counted from the operations that ran, beside the closed form.
+
+Counting convention: MACs, one for each multiply-add of a convolution or matrix product, for the example
+inputs as given (batch included); FLOPs = 2 x MACs. Elementwise work, normalisation, pooling and bias
+additions are not counted; every operation that ran and was not counted is listed in ``uncounted``.
+
+The count looks at the tensors of each ATen operation and knows nothing of layers, forms or ranks; the
+formula comes from ``costs`` and knows nothing of the run. Convolutions are counted here (weight times
+output positions, groups included); matrix products and attention by PyTorch's own registry of formulas.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..costs import dense_macs, dense_params
+from ..forms import BasisConv2d
+from ..running import ExampleInputs, batch_size, copy_model, run, tensors_of
+from .base import MACS, FxPass
+from .numbering import ConvRecord, conv_layers, number_convs
+
+__all__ = ["LayerProfile", "Profile", "ProfilePass", "profile"]
+
+_CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution}
+_NO_WORK = {"aten.empty", "aten.clone", "aten.copy_", "aten._to_copy", "aten.zeros", "aten.ones", "aten.full"}
+
+
+class MacCounter(TorchDispatchMode):
+    """Counts MACs and output elements of every operation under the scope that is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scopes: list[str] = [""]
+        self.macs: Counter[str] = Counter()
+        self.activations: Counter[str] = Counter()
+        self.uncounted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count it."""
+        output = func(*args, **(kwargs or {}))
+        macs = _macs(func._overloadpacket, args, kwargs or {}, output)
+        if macs is not None:
+            self.macs[self.scopes[-1]] += macs
+            self.activations[self.scopes[-1]] += sum(tensor.numel() for tensor in tensors_of(output))
+        elif not func.is_view and str(func._overloadpacket) not in _NO_WORK and tensors_of(output):
+            self.uncounted[str(func._overloadpacket)] += 1
+        return output
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Attribute what runs inside to ``name``."""
+        self.scopes.append(name)
+        try:
+            yield
+        finally:
+            self.scopes.pop()
+
+    def attach(self, model: nn.Module) -> None:
+        """Open a scope for every call of every submodule."""
+
+        def hooks(name: str) -> tuple[Any, Any]:
+            return lambda *_: self.scopes.append(name), lambda *_: self.scopes.pop() and None
+
+        for name, module in model.named_modules():
+            enter, leave = hooks(name)
+            if name:
+                module.register_forward_pre_hook(enter)
+                module.register_forward_hook(leave)
+
+
+def _macs(operation: Any, args: Any, kwargs: Any, output: Any) -> int | None:
+    if operation in _CONVOLUTIONS:
+        transposed = args[6]
+        positions = args[0] if transposed else output
+        return int(positions.numel()) * prod(args[1].shape[1:])
+    if operation in flop_registry:
+        return int(flop_registry[operation](*args, **kwargs, out_val=output)) // 2
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerProfile:
+    """One layer: MACs for the whole batch, parameters, and elements of the outputs it makes.
+
+    Attributes:
+        number: the convolution's number; None for another layer.
+        name, kind, form, rank: what it is; form is ``dense`` and rank 0 for a convolution left alone.
+        macs_before, params_before, activations_before: of the dense layer, by the closed form.
+        macs, params: of the layer as it is, by the closed form.
+        counted: MACs counted from the operations that ran.
+        activations: elements of all its outputs, the basis convolution's included.
+        break_even_rank: R*, below which the form is cheaper than dense.
+        note: why it is left dense, or a remark.
+    """
+
+    number: int | None
+    name: str
+    kind: str
+    form: str
+    rank: int
+    macs_before: int
+    macs: int
+    counted: int
+    params_before: int
+    params: int
+    activations_before: int
+    activations: int
+    break_even_rank: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Work and size of a model, layer by layer. Prints as a table.
+
+    Attributes:
+        layers: convolutions in the order of their numbers, then every other layer with counted work.
+        batch: samples in the example inputs, over which MACs and activations are summed.
+        params, params_before: of the whole model, shared ones once.
+        uncounted: how often each operation ran that is not counted.
+    """
+
+    layers: tuple[LayerProfile, ...]
+    batch: int
+    params: int
+    params_before: int
+    uncounted: Counter[str]
+
+    @property
+    def macs(self) -> int:
+        """MACs of the model as it is, by the closed forms."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def macs_before(self) -> int:
+        """MACs of the model with every convolution dense."""
+        return sum(layer.macs_before for layer in self.layers)
+
+    @property
+    def counted(self) -> int:
+        """MACs counted from the operations that ran."""
+        return sum(layer.counted for layer in self.layers)
+
+    @property
+    def convs(self) -> tuple[LayerProfile, ...]:
+        """The numbered convolutions."""
+        return tuple(layer for layer in self.layers if layer.number is not None)
+
+    @property
+    def conv_ratio(self) -> float:
+        """MACs of all convolutions as they are over those of the dense ones; 1 without any."""
+        before = sum(layer.macs_before for layer in self.convs)
+        return sum(layer.macs for layer in self.convs) / before if before else 1.0
+
+    @property
+    def disagreements(self) -> tuple[LayerProfile, ...]:
+        """Layers whose count is not their formula; empty in every case that is understood."""
+        return tuple(layer for layer in self.layers if layer.counted != layer.macs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: totals, one dict for each layer, and what was not counted."""
+        totals = ("macs_before", "macs", "counted", "conv_ratio", "params_before", "params", "batch")
+        return {
+            "unit": "MACs (FLOPs = 2 x MACs), whole batch",
+            **{name: getattr(self, name) for name in totals},
+            "layers": [asdict(layer) for layer in self.layers],
+            "uncounted": dict(self.uncounted),
+        }
+
+    def table(self, tablefmt: str = "simple") -> str:
+        """The layers as text; ``tablefmt`` is one of tabulate's, for example ``"github"``."""
+        headers = ("#", "name", "kind", "form", "rank", "R*", "MACs before", "MACs formula", "MACs counted")
+        headers += ("ratio", "params before", "params", "note")
+        return tabulate(
+            [_row(layer) for layer in self.layers], headers=headers, tablefmt=tablefmt, disable_numparse=True
+        )
+
+    def __str__(self) -> str:
+        lines = [self.table(), "", self.summary()]
+        if self.uncounted:
+            parts = ", ".join(f"{name} x{count}" for name, count in self.uncounted.most_common())
+            lines.append(f"not counted: {parts}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Totals in one line, with the convention."""
+        agree = "formula = count" if not self.disagreements else "FORMULA DIFFERS FROM COUNT"
+        return (
+            f"MACs {self.macs_before:,} -> {self.macs:,} ({_ratio(self.macs, self.macs_before)}; "
+            f"convolutions {self.conv_ratio:.3f}; batch {self.batch}; FLOPs = 2 x MACs; {agree}), parameters "
+            f"{self.params_before:,} -> {self.params:,} ({_ratio(self.params, self.params_before)})"
+        )
+
+
+def _ratio(after: int, before: int) -> str:
+    return f"{after / before:.3f}" if before else "-"
+
+
+def _row(layer: LayerProfile) -> list[str]:
+    return [
+        "" if layer.number is None else str(layer.number),
+        layer.name,
+        layer.kind,
+        layer.form,
+        str(layer.rank or ""),
+        "" if layer.break_even_rank is None else f"{layer.break_even_rank:.1f}",
+        f"{layer.macs_before:,}",
+        f"{layer.macs:,}",
+        f"{layer.counted:,}",
+        _ratio(layer.macs, layer.macs_before),
+        f"{layer.params_before:,}",
+        f"{layer.params:,}",
+        layer.note,
+    ]
+
+
+def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
+    """Count the work of a model on the example inputs, before and after compression.
+
+    The model runs once in eval() on a copy; it is not touched.
+
+    Args:
+        model: any nn.Module, compressed or not.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        InputError: when the model fails on the inputs.
+
+    >>> found = profile(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(1, 3, 8, 8))
+    >>> found.macs, found.counted, found.params, dict(found.uncounted)
+    (7776, 7776, 224, {'aten.relu': 1})
+    """
+    copied = copy_model(model, share_parameters=True)
+    table = number_convs(copied, example_inputs)
+    counter = _count(copied, example_inputs)
+    layers = [_conv_profile(record, layer, counter) for record, layer in _with_layers(table, copied)]
+    layers += _others(copied, counter, {layer.name for layer in layers})
+    params = sum(parameter.numel() for parameter in copied.parameters())
+    saved = sum(layer.params_before - layer.params for layer in layers)
+    return Profile(tuple(layers), batch_size(example_inputs), params, params + saved, counter.uncounted)
+
+
+class ProfilePass(FxPass):
+    """Run the graph on example inputs and write the counted MACs into ``node.meta[MACS]`` of each node."""
+
+    def __init__(self, example_inputs: ExampleInputs) -> None:
+        super().__init__()
+        self.example_inputs = example_inputs
+
+    def change(self, graph_module: fx.GraphModule) -> int:
+        """Count each node; counts those whose MACs were missing or different."""
+        before = [node.meta.get(MACS) for node in graph_module.graph.nodes]
+        copied = copy_model(graph_module, share_parameters=True)
+        _count(copied, self.example_inputs)
+        pairs = zip(graph_module.graph.nodes, copied.graph.nodes, strict=True)
+        for node, counted in pairs:
+            node.meta[MACS] = counted.meta[MACS]
+        return sum(old != node.meta[MACS] for old, node in zip(before, graph_module.graph.nodes, strict=True))
+
+
+def _count(model: nn.Module, example_inputs: ExampleInputs) -> MacCounter:
+    """Run a copy that may be marked: node by node where it is a graph."""
+    counter = MacCounter()
+    runner = model
+    if isinstance(model, fx.GraphModule):
+        for node in model.graph.nodes:
+            node.meta[MACS] = 0
+        runner = _ByNode(model, counter)
+    counter.attach(model)
+    with counter:
+        run(runner, example_inputs)
+    return counter
+
+
+class _ByNode(nn.Module):
+    """Runs a GraphModule through an Interpreter that counts each node."""
+
+    def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.counter = counter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.graph_module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _Interpreter(self.graph_module, self.counter).run(*bound.args, *bound.kwargs.values())
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
+        super().__init__(graph_module)
+        self.counter = counter
+
+    def run_node(self, n: fx.Node) -> Any:
+        stack = [str(path) for path, _ in n.meta.get("nn_module_stack", {}).values()]
+        before = self.counter.macs.total()
+        with self.counter.scope(stack[-1] if stack and n.op != "call_module" else ""):
+            output = super().run_node(n)
+        n.meta[MACS] = self.counter.macs.total() - before
+        return output
+
+
+def _with_layers(table: Any, model: nn.Module) -> Iterator[tuple[ConvRecord, nn.Conv2d | BasisConv2d]]:
+    return zip(table, conv_layers(model).values(), strict=True)
+
+
+def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: MacCounter) -> LayerProfile:
+    scopes = [record.name]
+    before, params_before, plan = record.macs or 0, record.params, None
+    if isinstance(layer, BasisConv2d):
+        plan = layer.plan
+        scopes += [f"{record.name}.basis", f"{record.name}.composition"]
+        per_position = dense_macs(record.shape, (1, 1))
+        before = counter.activations[scopes[-1]] // record.out_channels * per_position
+        params_before = dense_params(record.shape)
+    activations = sum(counter.activations[scope] for scope in scopes)
+    return LayerProfile(
+        number=record.index,
+        name=record.name,
+        kind="Conv2d",
+        form=plan.form if plan else "dense",
+        rank=plan.rank if plan else 0,
+        macs_before=before,
+        macs=record.macs or 0,
+        counted=sum(counter.macs[scope] for scope in scopes),
+        params_before=params_before,
+        params=record.params,
+        activations_before=counter.activations[scopes[-1]],
+        activations=activations,
+        break_even_rank=record.shape.break_even_rank,
+        note=plan.reason if plan else record.reason,
+    )
+
+
+def _others(model: nn.Module, counter: MacCounter, convs: set[str]) -> list[LayerProfile]:
+    """Layers with counted work that are no numbered convolution: linear layers, functional calls."""
+    found = []
+    for scope, macs in counter.macs.items():
+        if scope in convs or scope.removesuffix(".basis").removesuffix(".composition") in convs:
+            continue
+        module = model.get_submodule(scope)
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        elements = counter.activations[scope]
+        found.append(
+            LayerProfile(
+                number=None,
+                name=scope or "(top level)",
+                kind=type(module).__name__,
+                form="-",
+                rank=0,
+                macs_before=macs,
+                macs=macs,
+                counted=macs,
+                params_before=own,
+                params=own,
+                activations_before=elements,
+                activations=elements,
+                break_even_rank=None,
+                note="counted only",
+            )
+        )
+    return found
