@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("fxbasis: interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:
+            sys.stdout = None  # the reader has gone: there is nobody to flush to
     return 0
 
 
@@ -161,8 +163,8 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers",
         default="all",
-        help='numbers, ranges and names with commas ("2-5,10"), "re:PATTERN", or "all": every layer whose cost '
-        "falls (default)",
+        help='numbers, ranges and names with commas ("2-5,10"), "re:PATTERN", or "all": every layer whose '
+        "cost falls (default)",
     )
     parser.add_argument(
         "--size",
@@ -236,9 +238,10 @@ def _fold(options: argparse.Namespace) -> _Result:
 
     _, small, example = _load_pair(options)
     folded = fold(small)
-    found = check_equal(run(small, example), run(folded, example), "folded model", "please report the model")
+    remedy = "please report the model"
+    found = check_equal(run(small, example), run(folded, example), "folded model", remedy)
     write_through(Path(options.out), lambda path: save_model(folded, str(path)))
-    text = f"folded into {options.out}: state_dict keys of the original; relative difference {found.relative:.2e}"
+    text = f"folded into {options.out}, with the original's keys; relative difference {found.relative:.2e}"
     return _Result(text, {"file": options.out, "relative_difference": found.relative})
 
 

@@ -70,21 +70,22 @@ def compress(
     traced = trace(model, example_inputs)
     if plan is None:
         table = number_convs(traced, example_inputs)
-        plan = select(table, layers, size=size, form=form, method=method) if table else Plan(())
+        plan = select(table, layers, size=size, form=form, method=method)
     elif not isinstance(plan, Plan):
         plan = Plan.from_json(plan)
     _say(traced, plan)
-    apply_plan(traced, plan)
-    compression_difference(model, traced, example_inputs)
-    return traced
+    compressed = apply_plan(traced, plan)
+    compression_difference(model, compressed, example_inputs)
+    return compressed
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, empty: bool = False) -> None:
-    """Rewrite a traced model in place, in graph and modules."""
+def apply_plan(model: nn.Module, plan: Plan, *, empty: bool = False) -> nn.Module:
+    """Rewrite a traced model in place, in graph and modules; a model that is one Conv2d becomes a form."""
     if isinstance(model, fx.GraphModule):
         RewritePass(plan, empty=empty)(model)
-    else:
-        rewrite_modules(model, plan, empty=empty)
+        return model
+    forms = rewrite_modules(model, plan, empty=empty)
+    return forms.get("", model)
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -108,11 +109,11 @@ def compression_difference(
     Raises:
         VerificationError: when it exceeds the tolerance of the output's dtype.
     """
-    reference = copy_model(original, share_parameters=True)
+    reference: nn.Module = copy_model(original, share_parameters=True)
     convs = conv_layers(reference)
     for name, layer in conv_layers(compressed).items():
         if isinstance(layer, BasisConv2d):
-            exchange(reference, convs[name], layer.to_conv2d())
+            reference = exchange(reference, convs[name], layer.to_conv2d())
     return check_equal(
         run(reference, example_inputs),
         run(compressed, example_inputs),

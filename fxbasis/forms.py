@@ -85,8 +85,7 @@ class BasisConv2d(nn.Module):
             "device": conv.weight.device,
             "dtype": conv.weight.dtype,
         }
-        basis = skip_init(
-            nn.Conv2d,
+        basis = _bare_conv(
             conv.in_channels,
             plan.rank,
             conv.kernel_size,
@@ -97,9 +96,7 @@ class BasisConv2d(nn.Module):
             bias=False,
             **options,
         )
-        composition = skip_init(
-            nn.Conv2d, plan.rank, conv.out_channels, 1, bias=conv.bias is not None, **options
-        )
+        composition = _bare_conv(plan.rank, conv.out_channels, 1, bias=conv.bias is not None, **options)
         setattr(composition, LAYER, plan)
         form = cls(basis, composition).train(conv.training)
         carry_hooks(conv, form)
@@ -131,8 +128,7 @@ class BasisConv2d(nn.Module):
         Raises:
             VerificationError: when the two differ by more than rounding of the layer's dtype.
         """
-        conv: nn.Conv2d = skip_init(
-            nn.Conv2d,
+        conv = _bare_conv(
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -231,6 +227,12 @@ def layer_plan(module: nn.Module) -> LayerPlan | None:
     form = as_form(module)
     plan: LayerPlan | None = form.plan if form is not None else getattr(module, LAYER, None)
     return plan
+
+
+def _bare_conv(*args: Any, **options: Any) -> nn.Conv2d:
+    """A Conv2d with uninitialised weights, made without touching the random state."""
+    conv: nn.Conv2d = skip_init(nn.Conv2d, *args, **options)  # type: ignore[no-untyped-call]
+    return conv
 
 
 def _layout(weight: Tensor) -> torch.memory_format:

@@ -73,7 +73,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
     check_plan(model, plan)
     loaded = trace(model) if content.get("graph") else copy_model(model)
-    apply_plan(loaded, plan, empty=True)
+    loaded = apply_plan(loaded, plan, empty=True)
     _check_tensors(loaded, folder / WEIGHTS_FILE)
     load_model(loaded, folder / WEIGHTS_FILE)
     return loaded

@@ -6,6 +6,8 @@ the bias of the composition. Names, ``state_dict`` keys and their order are the 
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import fx, nn
 
 from ..errors import LayerError
@@ -34,16 +36,16 @@ class FoldPass(FxPass):
         return len(forms)
 
 
-def fold_modules(model: nn.Module) -> int:
-    """Exchange every form in the module tree for its folded Conv2d in place; returns how many."""
+def fold_modules(model: nn.Module) -> tuple[nn.Module, int]:
+    """Exchange every form in the module tree for its folded Conv2d in place; the model, and how many."""
     folded = 0
     for name, layer in conv_layers(model).items():
         if isinstance(layer, BasisConv2d):
-            exchange(model, _holder(model, name), layer.to_conv2d())
+            model = exchange(model, _holder(model, name), layer.to_conv2d())
             folded += 1
         elif hasattr(layer, LAYER):
             delattr(layer, LAYER)
-    return folded
+    return model, folded
 
 
 def fold(model: Model) -> Model:
@@ -67,9 +69,8 @@ def fold(model: Model) -> Model:
     copied = copy_model(model)
     if isinstance(copied, fx.GraphModule):
         FoldPass()(copied)
-    else:
-        fold_modules(copied)
-    return copied
+        return copied
+    return cast(Model, fold_modules(copied)[0])
 
 
 def _holder(model: nn.Module, name: str) -> nn.Module:

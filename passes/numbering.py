@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from tabulate import tabulate
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
@@ -23,6 +22,7 @@ from ..costs import ConvShape, dense_macs, dense_params, output_form_macs, outpu
 from ..files import write_whole
 from ..forms import BasisConv2d, as_form, layer_plan
 from ..running import ExampleInputs, copy_model, run
+from ..tables import aligned
 from .base import CONV_NUMBER, FxPass, call_sites
 from .tracing import refuse_lazy
 
@@ -108,7 +108,7 @@ class ConvTable(Sequence[ConvRecord]):
             "params",
             "status",
         )
-        return tabulate([_row(record) for record in self], headers=headers, intfmt=",", disable_numparse=True)
+        return aligned([_row(record) for record in self], headers, left=("name", "status"))
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Columns by name, each a list of one plain value for each convolution."""

@@ -20,7 +20,6 @@ from math import prod
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from ..costs import dense_macs, dense_params
 from ..forms import BasisConv2d
 from ..running import ExampleInputs, batch_size, copy_model, run, tensors_of
+from ..tables import aligned
 from .base import MACS, FxPass
 from .numbering import ConvRecord, conv_layers, number_convs
 
@@ -37,11 +37,11 @@ _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution}
 _NO_WORK = {"aten.empty", "aten.clone", "aten.copy_", "aten._to_copy", "aten.zeros", "aten.ones", "aten.full"}
 
 
-class MacCounter(TorchDispatchMode):
+class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts MACs and output elements of every operation under the scope that is open."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.scopes: list[str] = [""]
         self.macs: Counter[str] = Counter()
         self.activations: Counter[str] = Counter()
@@ -84,7 +84,7 @@ def _macs(operation: Any, args: Any, kwargs: Any, output: Any) -> int | None:
     if operation in _CONVOLUTIONS:
         transposed = args[6]
         positions = args[0] if transposed else output
-        return int(positions.numel()) * prod(args[1].shape[1:])
+        return int(positions.numel() * prod(args[1].shape[1:]))
     if operation in flop_registry:
         return int(flop_registry[operation](*args, **kwargs, out_val=output)) // 2
     return None
@@ -181,11 +181,8 @@ class Profile:
 
     def table(self, tablefmt: str = "simple") -> str:
         """The layers as text; ``tablefmt`` is one of tabulate's, for example ``"github"``."""
-        headers = ("#", "name", "kind", "form", "rank", "R*", "MACs before", "MACs formula", "MACs counted")
-        headers += ("ratio", "params before", "params", "note")
-        return tabulate(
-            [_row(layer) for layer in self.layers], headers=headers, tablefmt=tablefmt, disable_numparse=True
-        )
+        rows = [_row(layer) for layer in self.layers]
+        return aligned(rows, _HEADERS, left=("name", "kind", "form", "note"), tablefmt=tablefmt)
 
     def __str__(self) -> str:
         lines = [self.table(), "", self.summary()]
@@ -202,6 +199,12 @@ class Profile:
             f"convolutions {self.conv_ratio:.3f}; batch {self.batch}; FLOPs = 2 x MACs; {agree}), parameters "
             f"{self.params_before:,} -> {self.params:,} ({_ratio(self.params, self.params_before)})"
         )
+
+
+_HEADERS = (
+    *("#", "name", "kind", "form", "rank", "R*", "MACs before", "MACs formula", "MACs counted"),
+    *("ratio", "params before", "params", "note"),
+)
 
 
 def _ratio(after: int, before: int) -> str:

@@ -120,7 +120,8 @@ def effective_weight_note(conv: nn.Conv2d) -> str:
     """A remark for a layer whose weight is computed from others; empty for a plain one."""
     if not parametrize.is_parametrized(conv, "weight"):
         return ""
-    kinds = ", ".join(type(part).__name__.lstrip("_") for part in conv.parametrizations["weight"])
+    parts = conv.get_submodule("parametrizations.weight").children()
+    kinds = ", ".join(type(part).__name__.lstrip("_") for part in parts)
     return f"its parametrization ({kinds}) is replaced by the effective weight"
 
 
@@ -129,12 +130,18 @@ def names_of(model: nn.Module, module: nn.Module) -> list[str]:
     return [name for name, found in model.named_modules(remove_duplicate=False) if found is module]
 
 
-def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``old`` under every name, keeping the order of children."""
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put ``new`` in the place of ``old`` under every name, keeping the order of children.
+
+    Returns the model: ``new`` itself where the model is ``old``.
+    """
+    if model is old:
+        return new
     for parent in model.modules():
         for key, child in parent._modules.items():
             if child is old:
                 parent._modules[key] = new
+    return model
 
 
 def _expand(graph_module: fx.GraphModule, names: set[str]) -> None:

@@ -75,6 +75,8 @@ def select(
     )
     if not rules:
         raise SelectionError('layers={} selects nothing; use layers="all" or name some layers')
+    if not table:
+        return Plan(())
     choices: dict[int, _Choice] = {}
     for selector, settings in rules:
         for index, strength in _matches(selector, table).items():
@@ -101,13 +103,16 @@ def _settings(given: Any, defaults: _Settings | None) -> _Settings:
 
 def check_size(size: Any) -> None:
     """Refuse a size that is neither a positive integer nor a fraction in (0, 1]."""
-    whole = isinstance(size, Integral) and not isinstance(size, bool) and size >= 1
-    fraction = isinstance(size, Real) and not isinstance(size, Integral) and 0 < size <= 1
-    if not whole and not fraction:
+    sound = int(size) >= 1 if _is_whole(size) else isinstance(size, Real) and 0 < float(size) <= 1
+    if isinstance(size, bool) or not sound:
         raise SelectionError(
             f"size={size!r} is neither an integer from 1 (number of basis convolutions) nor a float in "
             "(0, 1] (fraction of the layer's out_channels); pass for example size=16 or size=0.5"
         )
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
@@ -115,7 +120,7 @@ def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
     if callable(selector):
         found = dict.fromkeys((r.index for r in table if selector(r)), _PATTERN)
         return _some(found, selector, "the function is true for no convolution")
-    if isinstance(selector, Integral) and not isinstance(selector, bool):
+    if _is_whole(selector):
         return {_number(int(selector), table): _EXACT}
     if isinstance(selector, str):
         return _matches_text(selector, table)
@@ -185,7 +190,7 @@ def rank_of(record: ConvRecord, size: int | float, *, exact: bool = False) -> in
         LayerError: when ``exact`` and an integer size exceeds the largest useful rank.
     """
     shape, groups = record.shape, record.groups
-    if isinstance(size, Integral):
+    if _is_whole(size):
         if exact and size > shape.largest_rank:
             raise LayerError(
                 f"{record}: rank {size} exceeds {shape.largest_rank}, at which the basis is exact already; "

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ..comparing import check_equal
 from ..errors import FxBasisError, FxBasisWarning, InputError, LayerError
-from ..forms import has_hooks
+from ..forms import BasisConv2d, has_hooks
 from ..running import ExampleInputs, as_arguments, buffers_kept, copy_model, run
 
 __all__ = ["TracedModule", "trace"]
@@ -104,7 +105,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     """
     refuse_lazy(model)
     copied = copy_model(model)
-    if isinstance(copied, fx.GraphModule):
+    if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)):
         return copied
     try:
         return _traced(copied, example_inputs)
@@ -120,7 +121,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
 def refuse_lazy(model: nn.Module) -> None:
     """Refuse lazy modules whose weight has no shape yet."""
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module._parameters.values()):
             raise LayerError(
                 f"{name} ({type(module).__name__}) has no weight yet; run one forward pass of the model first"
             )
