@@ -231,15 +231,14 @@ def _add_fold(parser: argparse.ArgumentParser) -> None:
 def _fold(options: argparse.Namespace) -> _Result:
     from safetensors.torch import save_model
 
-    from .comparing import check_equal
+    from .comparing import check_models
     from .files import write_through
     from .passes.folding import fold
-    from .running import run
 
     _, small, example = _load_pair(options)
     folded = fold(small)
     remedy = "please report the model"
-    found = check_equal(run(small, example), run(folded, example), "folded model", remedy)
+    found = check_models(small, folded, example, "folded model", remedy)
     write_through(Path(options.out), lambda path: save_model(folded, str(path)))
     text = f"folded into {options.out}, with the original's keys; relative difference {found.relative:.2e}"
     return _Result(text, {"file": options.out, "relative_difference": found.relative})

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .comparing import Difference, check_equal
+from .comparing import Difference, check_models
 from .errors import FxBasisWarning, InputError, PlanError
 from .forms import BasisConv2d, layer_plan
 from .passes.numbering import conv_layers, number_convs
@@ -16,7 +16,7 @@ from .passes.rewriting import RewritePass, check_plan, effective_weight_note, ex
 from .passes.selection import Layers, select
 from .passes.tracing import trace
 from .recipe import Plan
-from .running import ExampleInputs, copy_model, run
+from .running import ExampleInputs, copy_model
 
 __all__ = ["compress", "compression_difference", "plan_of"]
 
@@ -114,9 +114,10 @@ def compression_difference(
     for name, layer in conv_layers(compressed).items():
         if isinstance(layer, BasisConv2d):
             reference = exchange(reference, convs[name], layer.to_conv2d())
-    return check_equal(
-        run(reference, example_inputs),
-        run(compressed, example_inputs),
+    return check_models(
+        reference,
+        compressed,
+        example_inputs,
         f"compressed {type(original).__name__} against the original with the reconstructed weights",
         "please report the model; leave out layers to find the one",
     )

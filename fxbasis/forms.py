@@ -242,7 +242,10 @@ def _layout(weight: Tensor) -> torch.memory_format:
 
 @torch.no_grad()
 def _check_fold(form: BasisConv2d, conv: nn.Conv2d) -> None:
-    """Compare form and fold in float64 on one patch: what is left is the rounding of the folded weight."""
+    """Compare form and fold in float64 on one patch.
+
+    What is left is the rounding of the folded weight to its dtype, and that of sums over the fan-in.
+    """
     extent = [
         d * (k - 1) + 1 + s for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
     ]
@@ -257,7 +260,8 @@ def _check_fold(form: BasisConv2d, conv: nn.Conv2d) -> None:
     )
     gap = (nn.functional.conv2d(patch, weight, *options) - expected).abs().max()
     scale = expected.abs().max() + weight.abs().max()
-    allowed = 8 * torch.finfo(conv.weight.dtype).eps
+    sums = weight[0].numel() * torch.finfo(torch.float64).eps
+    allowed = 8 * torch.finfo(conv.weight.dtype).eps + sums
     if not float(gap) <= allowed * float(scale):
         raise VerificationError(
             f"{form.plan}: the folded convolution differs by {float(gap / scale):.2e} "

@@ -13,10 +13,10 @@ def aligned(
     """The rows under their headers; columns named in ``left`` hold words.
 
     >>> print(aligned([["a", "1,000"], ["bc", "20"]], ["name", "MACs"], left=["name"]))
-    name       MACs
-    ------  -------
-    a         1,000
-    bc           20
+    name      MACs
+    ------  ------
+    a        1,000
+    bc          20
     """
     align = ["left" if header in left else "right" for header in headers]
     text: str = tabulate(

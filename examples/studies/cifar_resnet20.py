@@ -1,0 +1,108 @@
+"""ResNet-20 on CIFAR-10: accuracy of the uniform weight SVD, layers 2 to 19, without any training.
+
+    python examples/studies/cifar_resnet20.py --data cifar10-jpeg.zip --weights resnet20-cifar10-jpeg.pt
+
+``--data`` is a zip file with ``test/<class>/*.jpg`` (or the folder it unpacks to), ``--weights`` a state_dict
+of the CIFAR ResNet-20 with parameter-free shortcuts (option A of He et al. 2016). Every figure is the top-1
+accuracy on all images found, in eval mode, without BatchNorm recalibration. MACs are for one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import fxbasis
+from fxbasis.demo.digits import accuracy
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut subsamples and pads channels, and has no parameters."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.pad = 0 if in_planes == planes else planes // 4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_planes, H, W) -> (N, planes, H / stride, W / stride)."""
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.pad:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + x)
+
+
+class ResNet20(nn.Module):
+    """3x3 stem to 16 channels, then three layers of three blocks with 16, 32, 64 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(BasicBlock(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, 2), BasicBlock(32, 32, 1), BasicBlock(32, 32, 1))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, 2), BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, 32, 32) to logits (N, 10)."""
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+def load_test_images(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All ``test/<class>/*.jpg``: normalised images (N, 3, 32, 32) and labels by sorted class name (N,)."""
+    if data.is_dir():
+        files = {str(p.relative_to(data)): p.read_bytes() for p in data.glob("test/*/*.jpg")}
+    else:
+        with zipfile.ZipFile(data) as archive:
+            names = [n for n in archive.namelist() if n.startswith("test/") and n.endswith(".jpg")]
+            files = {name: archive.read(name) for name in names}
+    names = sorted(files)
+    classes = sorted({name.split("/")[1] for name in names})
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")) for name in names])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return (images - mean) / std, torch.tensor([classes.index(name.split("/")[1]) for name in names])
+
+
+def main() -> None:
+    """Print accuracy and MACs for each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--layers", default="2-19")
+    parser.add_argument("--method", default="svd")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.75, 0.5])
+    options = parser.parse_args()
+    model = ResNet20().eval()
+    model.load_state_dict(torch.load(options.weights, weights_only=True))
+    images, labels = load_test_images(options.data)
+    example = images[:2]
+    macs = fxbasis.profile(model, example).macs // 2
+    print(f"original: {accuracy(model, images, labels):.2f} % of {len(labels)} images, {macs:,} MACs")
+    for size in options.sizes:
+        small = fxbasis.compress(model, example, layers=options.layers, size=size, method=options.method)
+        work = fxbasis.profile(small, example)
+        print(
+            f"{options.method}, layers {options.layers}, size {size}: "
+            f"{accuracy(small, images, labels):.2f} % of {len(labels)} images, "
+            f"{work.macs / work.macs_before:.3f} of the MACs, counted = formula: {not work.disagreements}"
+        )
+
+
+if __name__ == "__main__":
+    main()
