@@ -19,7 +19,7 @@ from .compression import apply_plan, plan_of
 from .errors import PlanError
 from .files import make_folder, write_through, write_whole
 from .passes.rewriting import check_plan
-from .passes.tracing import trace
+from .passes.tracing import GIVEN, trace_for
 from .recipe import Plan, read_json
 from .running import copy_model
 
@@ -49,6 +49,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     write_through(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path)))
     content = plan.to_dict() | {
         "graph": isinstance(model, fx.GraphModule),
+        "given": list(getattr(model, GIVEN, ())),
         "weights_sha256": _sha256(folder / WEIGHTS_FILE),
     }
     write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
@@ -72,7 +73,10 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = Plan.from_dict(content, str(folder / PLAN_FILE))
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
     check_plan(model, plan)
-    loaded = trace(model) if content.get("graph") else copy_model(model)
+    given = content.get("given", [])
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise PlanError(f"{folder / PLAN_FILE}: given is {given!r}; save the model again")
+    loaded = trace_for(model, given=given) if content.get("graph") else copy_model(model)
     loaded = apply_plan(loaded, plan, empty=True)
     _check_tensors(loaded, folder / WEIGHTS_FILE)
     load_model(loaded, folder / WEIGHTS_FILE)

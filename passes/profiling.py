@@ -96,7 +96,7 @@ class LayerProfile:
 
     Attributes:
         number: the convolution's number; None for another layer.
-        name, kind, form, rank: what it is; form is ``dense`` and rank 0 for a convolution left alone.
+        name, kind, shape, form, rank: what it is; shape is that of its dense weight; form is ``dense`` and rank 0 for a convolution left alone.
         macs_before, params_before, activations_before: of the dense layer, by the closed form.
         macs, params: of the layer as it is, by the closed form.
         counted: MACs counted from the operations that ran.
@@ -108,6 +108,7 @@ class LayerProfile:
     number: int | None
     name: str
     kind: str
+    shape: tuple[int, ...]
     form: str
     rank: int
     macs_before: int
@@ -202,7 +203,7 @@ class Profile:
 
 
 _HEADERS = (
-    *("#", "name", "kind", "form", "rank", "R*", "MACs before", "MACs formula", "MACs counted"),
+    *("#", "name", "kind", "weight", "form", "rank", "R*", "MACs before", "MACs formula", "MACs counted"),
     *("ratio", "params before", "params", "note"),
 )
 
@@ -216,6 +217,7 @@ def _row(layer: LayerProfile) -> list[str]:
         "" if layer.number is None else str(layer.number),
         layer.name,
         layer.kind,
+        "x".join(map(str, layer.shape)),
         layer.form,
         str(layer.rank or ""),
         "" if layer.break_even_rank is None else f"{layer.break_even_rank:.1f}",
@@ -333,6 +335,7 @@ def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: M
         number=record.index,
         name=record.name,
         kind="Conv2d",
+        shape=(record.out_channels, record.in_channels // record.groups, *record.kernel_size),
         form=plan.form if plan else "dense",
         rank=plan.rank if plan else 0,
         macs_before=before,
@@ -361,6 +364,7 @@ def _others(model: nn.Module, counter: MacCounter, convs: set[str]) -> list[Laye
                 number=None,
                 name=scope or "(top level)",
                 kind=type(module).__name__,
+                shape=tuple(next((p.shape for p in module.parameters(recurse=False)), ())),
                 form="-",
                 rank=0,
                 macs_before=macs,

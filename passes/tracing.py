@@ -4,7 +4,8 @@ Symbolic tracing runs the model's Python once and keeps what it saw. So a graph 
 
 1. tracing in train() and in eval() gives the same graph; a part without convolutions in which they
    differ (stochastic depth, functional dropout) becomes a leaf, which decides at run time;
-2. no context such as ``torch.no_grad`` or ``torch.autocast`` was open where a node was made: fx drops it;
+2. no context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint was open where a node was made,
+   and no random number was drawn: fx drops the one and keeps the other as a constant;
 3. on the example inputs, outputs (their types too) and buffers after the run equal the original's, in
    eval() and in train().
 
@@ -15,9 +16,13 @@ are then rewritten by exchanging modules, with the same form modules.
 from __future__ import annotations
 
 import inspect
+import random
 import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
@@ -25,10 +30,11 @@ from torch.nn.parameter import UninitializedParameter
 from ..comparing import check_equal
 from ..errors import FxBasisError, FxBasisWarning, InputError, LayerError
 from ..forms import BasisConv2d, has_hooks
-from ..running import ExampleInputs, as_arguments, buffers_kept, copy_model, run
+from ..running import ExampleInputs, as_arguments, buffers_kept, copy_model, run, seeded
 
 __all__ = ["TracedModule", "trace"]
 
+GIVEN = "fxbasis_given"
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 
 
@@ -74,12 +80,34 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _open_contexts() != self.context:
-            raise ObstacleError("it opens a context (no_grad, autocast) that a graph does not keep")
+            raise ObstacleError(
+                "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
+            )
         return super().create_node(*args, **kwargs)
 
 
-def _open_contexts() -> tuple[bool, ...]:
-    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+def _open_contexts() -> tuple[Any, ...]:
+    switches = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return (*switches, torch._C._autograd._top_saved_tensors_default_hooks(True))
+
+
+@contextmanager
+def _contexts(*, training: bool) -> Iterator[None]:
+    """Other contexts in train() than in eval(), so that no context of the model is the one already open."""
+    before = _open_contexts()
+    torch.set_grad_enabled(not training)
+    torch.set_autocast_enabled("cpu", training)
+    torch.set_autocast_enabled("cuda", training)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(before[0])
+        torch.set_autocast_enabled("cpu", before[1])
+        torch.set_autocast_enabled("cuda", before[2])
+
+
+def _random_state() -> tuple[Any, ...]:
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), int(np.random.get_state()[2])
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
@@ -103,17 +131,25 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     ...     op="call_module", target="0")
     [_0]
     """
+    return trace_for(model, example_inputs)
+
+
+def trace_for(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, given: Collection[str] = ()
+) -> nn.Module:
+    """``trace``; without inputs, for calls that give the arguments of forward named in ``given``."""
     refuse_lazy(model)
     copied = copy_model(model)
     if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)):
         return copied
     try:
-        return _traced(copied, example_inputs)
+        return _traced(copied, example_inputs, given)
     except ObstacleError as obstacle:
+        reason = " ".join(str(obstacle).split())
         warnings.warn(
-            f"{type(model).__name__} stays Python, its convolutions are exchanged as modules: {obstacle}",
+            f"{type(model).__name__} stays Python, its convolutions are exchanged as modules: {reason}",
             FxBasisWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return copied
 
@@ -127,19 +163,22 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _traced(copied: nn.Module, example_inputs: ExampleInputs | None) -> TracedModule:
+def _traced(copied: nn.Module, example_inputs: ExampleInputs | None, given: Collection[str]) -> TracedModule:
     if "forward" in copied.__dict__:
         raise ObstacleError("its forward was replaced on the instance")
-    before = None if example_inputs is None else _behaviour(copied, example_inputs)
-    graph, root = _graph_of_both_modes(copied, _defaults(copied, example_inputs))
+    buffers = [name for name, _ in copied.named_buffers()]
+    before = None if example_inputs is None else _behaviour(copied, example_inputs, buffers)
+    given = _given(copied, example_inputs) or given
+    graph, root = _graph_of_both_modes(copied, _defaults(copied, given))
     _keep_constants(graph, root, copied)
     traced = TracedModule(copied, graph, type(copied).__name__)
+    setattr(traced, GIVEN, tuple(given))
     if example_inputs is not None:
-        _prove(before, traced, example_inputs)
+        _prove(before, traced, example_inputs, buffers)
     return traced
 
 
-def _behaviour(model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
+def _behaviour(model: nn.Module, example_inputs: ExampleInputs, buffers: list[str]) -> list[Any]:
     """Output, and buffers afterwards, in eval() and in train(); None where train() does not run."""
     found: list[Any] = []
     for training in (False, True):
@@ -151,30 +190,33 @@ def _behaviour(model: nn.Module, example_inputs: ExampleInputs) -> list[Any]:
                     raise
                 found.append(None)
             else:
-                found.append((output, [buffer.clone() for buffer in model.buffers()]))
+                found.append((output, [model.get_buffer(name).clone() for name in buffers]))
     return found
 
 
-def _prove(before: Any, traced: nn.Module, example_inputs: ExampleInputs) -> None:
+def _prove(before: Any, traced: nn.Module, example_inputs: ExampleInputs, buffers: list[str]) -> None:
     try:
-        after = _behaviour(traced, example_inputs)
+        after = _behaviour(traced, example_inputs, buffers)
         for mode, expected, actual in zip(("eval()", "train()"), before, after, strict=True):
-            if expected is not None:
-                check_equal(expected, actual, f"traced in {mode}", "it is kept as it is")
+            for what, *pair in zip(("output", "buffers"), expected or (), actual or (), strict=True):
+                check_equal(*pair, f"{what} of the graph in {mode}", "it is kept as it is")
     except FxBasisError as error:
         raise ObstacleError(str(error)) from error
 
 
-def _defaults(model: nn.Module, example_inputs: ExampleInputs | None) -> dict[str, Any]:
-    """Arguments of forward that the example inputs leave at their defaults."""
-    signature = inspect.signature(model.forward)
-    given: set[str] = set()
-    if example_inputs is not None:
-        args, kwargs = as_arguments(example_inputs)
-        given = set(signature.bind(*args, **kwargs).arguments)
+def _given(model: nn.Module, example_inputs: ExampleInputs | None) -> list[str]:
+    """Arguments of forward that the example inputs give."""
+    if example_inputs is None:
+        return []
+    args, kwargs = as_arguments(example_inputs)
+    return list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+def _defaults(model: nn.Module, given: Collection[str]) -> dict[str, Any]:
+    """Arguments of forward that are left at their defaults."""
     return {
         name: parameter.default
-        for name, parameter in signature.parameters.items()
+        for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.default is not parameter.empty and name not in given
     }
 
@@ -183,22 +225,29 @@ def _graph_of_both_modes(model: nn.Module, defaults: dict[str, Any]) -> tuple[fx
     """The graph that train() and eval() share, and the copy of the model it was made from."""
     leaves: set[str] = set()
     while True:
-        graph, root = _symbolic(model, leaves, defaults, training=False)
-        other, _ = _symbolic(model, leaves, defaults, training=True)
+        graph, root, drew = _symbolic(model, leaves, defaults, training=False)
+        other, other_root, drew_too = _symbolic(model, leaves, defaults, training=True)
         pair = _first_difference(graph, other)
         if pair is None:
+            if drew or drew_too:
+                raise ObstacleError("it draws random numbers that a graph would keep as constants")
+            _check_constants(graph, root, other_root)
             return graph, root
         leaves.add(_part_to_keep(model, pair, leaves))
 
 
 def _symbolic(
     model: nn.Module, leaves: set[str], defaults: dict[str, Any], *, training: bool
-) -> tuple[fx.Graph, nn.Module]:
+) -> tuple[fx.Graph, nn.Module, bool]:
+    """The graph, the copy that it was made from, and whether tracing drew random numbers."""
     root = copy_model(model, share_parameters=True)
     for module in root.modules():
         module.training = training
     try:
-        graph = _Tracer(frozenset(leaves)).trace(root, concrete_args=defaults or None)
+        with seeded(1), _contexts(training=training):
+            before = _random_state()
+            graph = _Tracer(frozenset(leaves)).trace(root, concrete_args=defaults or None)
+            drew = _random_state() != before
     except ObstacleError:
         raise
     except Exception as error:
@@ -206,7 +255,7 @@ def _symbolic(
     for node in graph.find_nodes(op="placeholder"):
         name = str(node.target).rpartition("_")[0]
         node.target = name if name in defaults else node.target
-    return graph, root
+    return graph, root, drew
 
 
 def _source_of(error: BaseException) -> str:
@@ -225,6 +274,14 @@ def _first_difference(graph: fx.Graph, other: fx.Graph) -> tuple[fx.Node, fx.Nod
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
             return a, b
     return None
+
+
+def _check_constants(graph: fx.Graph, root: nn.Module, other: nn.Module) -> None:
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        one, two = (getattr(part, name, None) for part in (root, other))
+        if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor) and not torch.equal(one, two):
+            raise ObstacleError(f"train() and eval() use different constants ({name})")
 
 
 def _part_to_keep(model: nn.Module, pair: tuple[fx.Node, fx.Node], leaves: set[str]) -> str:
