@@ -229,17 +229,14 @@ def _add_fold(parser: argparse.ArgumentParser) -> None:
 
 
 def _fold(options: argparse.Namespace) -> _Result:
-    from safetensors.torch import save_model
-
-    from .comparing import check_models
-    from .files import write_through
     from .passes.folding import fold
+    from .proving import rewrite_difference
+    from .saving import save_state
 
     _, small, example = _load_pair(options)
     folded = fold(small)
-    remedy = "please report the model"
-    found = check_models(small, folded, example, "folded model", remedy)
-    write_through(Path(options.out), lambda path: save_model(folded, str(path)))
+    found = rewrite_difference(folded, small, example)
+    save_state(folded, Path(options.out))
     text = f"folded into {options.out}, with the original's keys; relative difference {found.relative:.2e}"
     return _Result(text, {"file": options.out, "relative_difference": found.relative})
 

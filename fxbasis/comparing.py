@@ -11,6 +11,7 @@ that, so two models may differ by ten times what one rounding of the inputs does
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
-from .running import ExampleInputs, map_tensors, run
+from .running import ExampleInputs, buffers_kept, map_tensors, run
 
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -56,6 +57,8 @@ def _tensor_difference(expected: torch.Tensor, actual: torch.Tensor, what: str) 
             f"{what}: an output of shape {tuple(expected.shape)} {expected.dtype} became "
             f"{tuple(actual.shape)} {actual.dtype}; leave the layers of this output alone"
         )
+    if expected.is_meta or actual.is_meta:
+        raise VerificationError(f"{what}: the outputs are on the meta device; load the weights first")
     if expected.numel() == 0:
         return Difference(0.0, 0.0)
     dtype = torch.complex128 if expected.is_complex() else torch.float64
@@ -128,10 +131,12 @@ def check_models(
     Raises:
         VerificationError: when they differ by more.
     """
-    expected, actual = run(reference, example_inputs), run(model, example_inputs)
     floor = 0.0
-    if not difference(expected, actual, what).relative <= tolerance(expected):
-        floor = 10 * rounding_change(reference, example_inputs, expected)
+    with buffers_kept(reference), buffers_kept(model):
+        expected, actual = run(reference, example_inputs), run(model, example_inputs)
+        if not difference(expected, actual, what).relative <= tolerance(expected):
+            change = rounding_change(reference, example_inputs, expected)
+            floor = 10 * change if math.isfinite(change) else 0.0
     return check_equal(expected, actual, what, remedy, floor)
 
 

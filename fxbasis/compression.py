@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from .comparing import Difference, check_models
 from .errors import FxBasisWarning, InputError, PlanError
-from .forms import BasisConv2d, layer_plan
+from .forms import layer_plan
 from .passes.numbering import conv_layers, number_convs
-from .passes.rewriting import RewritePass, check_plan, effective_weight_note, exchange, rewrite_modules
+from .passes.rewriting import RewritePass, check_plan, effective_weight_note, rewrite_modules
 from .passes.selection import Layers, select
 from .passes.tracing import trace
+from .proving import rewrite_difference
 from .recipe import Plan
-from .running import ExampleInputs, copy_model
+from .running import ExampleInputs
 
-__all__ = ["compress", "compression_difference", "plan_of"]
+__all__ = ["compress", "plan_of"]
 
 
 def compress(
@@ -33,8 +33,8 @@ def compress(
 ) -> nn.Module:
     """A compressed copy: each selected ``name`` becomes ``name.basis`` and ``name.composition``.
 
-    The copy is compared with the original under the reconstructed weights on the example inputs, which
-    proves trace, rewrite and fold together; accuracy is the user's to measure.
+    The copy is compared on the example inputs, layer by layer and as a whole, with the original under the
+    reconstructed weights, which proves trace, rewrite and fold together; accuracy is the user's to measure.
 
     Args:
         model: any nn.Module in any mode; it is not touched.
@@ -71,11 +71,13 @@ def compress(
     if plan is None:
         table = number_convs(traced, example_inputs)
         plan = select(table, layers, size=size, form=form, method=method)
-    elif not isinstance(plan, Plan):
+    elif isinstance(plan, (str, Path)):
         plan = Plan.from_json(plan)
+    elif not isinstance(plan, Plan):
+        raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
     _say(traced, plan)
     compressed = apply_plan(traced, plan)
-    compression_difference(model, compressed, example_inputs)
+    rewrite_difference(model, compressed, example_inputs)
     return compressed
 
 
@@ -99,28 +101,6 @@ def plan_of(model: nn.Module) -> Plan:
     if len(found) != len(plans):
         raise PlanError(f"{type(model).__name__} was not made by compress; compress it first")
     return Plan(found)
-
-
-def compression_difference(
-    original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs
-) -> Difference:
-    """How far the compressed model is from the original with the folded weights put in.
-
-    Raises:
-        VerificationError: when it exceeds the tolerance of the output's dtype.
-    """
-    reference: nn.Module = copy_model(original, share_parameters=True)
-    convs = conv_layers(reference)
-    for name, layer in conv_layers(compressed).items():
-        if isinstance(layer, BasisConv2d):
-            reference = exchange(reference, convs[name], layer.to_conv2d())
-    return check_models(
-        reference,
-        compressed,
-        example_inputs,
-        f"compressed {type(original).__name__} against the original with the reconstructed weights",
-        "please report the model; leave out layers to find the one",
-    )
 
 
 def _say(traced: nn.Module, plan: Plan) -> None:

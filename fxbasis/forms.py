@@ -20,8 +20,9 @@ from torch.nn.utils import skip_init
 from .bases import Factors
 from .errors import VerificationError
 from .recipe import LayerPlan
+from .running import in_mode
 
-__all__ = ["LAYER", "BasisConv2d", "as_form", "layer_plan"]
+__all__ = ["LAYER", "BasisConv2d", "as_form", "effective_weight", "layer_plan"]
 
 LAYER = "fxbasis_layer"
 
@@ -48,6 +49,19 @@ def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     target._is_full_backward_hook = source._is_full_backward_hook
 
 
+def carry_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the attributes that somebody set on ``source`` and its class does not answer."""
+    for key, value in vars(source).items():
+        if key != LAYER and key not in vars(target) and not hasattr(type(target), key):
+            vars(target)[key] = value
+
+
+def effective_weight(conv: nn.Conv2d) -> Tensor:
+    """The weight that eval() uses; in train() a parametrization may change it at every look."""
+    with torch.no_grad(), in_mode(conv, training=False):
+        return conv.weight
+
+
 class BasisConv2d(nn.Module):
     """Basis convolution and composition in place of one Conv2d; input and output shapes are its own.
 
@@ -66,6 +80,9 @@ class BasisConv2d(nn.Module):
     (torch.Size([1, 8, 5, 5]), torch.Size([8, 3, 3, 3]))
     """
 
+    transposed = False
+    output_padding = (0, 0)
+
     def __init__(self, basis: nn.Conv2d, composition: nn.Conv2d) -> None:
         super().__init__()
         self.basis = basis
@@ -80,11 +97,8 @@ class BasisConv2d(nn.Module):
     @classmethod
     def empty_like(cls, conv: nn.Conv2d, plan: LayerPlan) -> BasisConv2d:
         """The structure for ``plan`` with uninitialised factors; dtype, device, mode, hooks of ``conv``."""
-        options: dict[str, Any] = {
-            "groups": conv.groups,
-            "device": conv.weight.device,
-            "dtype": conv.weight.dtype,
-        }
+        weight = effective_weight(conv)
+        options: dict[str, Any] = {"groups": conv.groups, "device": weight.device, "dtype": weight.dtype}
         basis = _bare_conv(
             conv.in_channels,
             plan.rank,
@@ -100,14 +114,15 @@ class BasisConv2d(nn.Module):
         setattr(composition, LAYER, plan)
         form = cls(basis, composition).train(conv.training)
         carry_hooks(conv, form)
-        form._take_options(conv)
+        carry_attributes(conv, form)
+        form._take_options(conv, _layout(weight))
         return form
 
-    def _take_options(self, conv: nn.Conv2d) -> None:
-        layout = _layout(conv.weight)
+    def _take_options(self, conv: nn.Conv2d, layout: torch.memory_format) -> None:
+        trained = any(part.requires_grad for name, part in conv.named_parameters() if "weight" in name)
         for factor in (self.basis, self.composition):
-            factor.weight.data = factor.weight.data.contiguous(memory_format=layout)
-            factor.weight.requires_grad_(conv.weight.requires_grad or "weight" not in conv._parameters)
+            factor.weight.data = factor.weight.data.to(memory_format=layout)
+            factor.weight.requires_grad_(trained)
         if conv.bias is not None and self.composition.bias is not None:
             self.composition.bias.requires_grad_(conv.bias.requires_grad)
 
@@ -142,12 +157,13 @@ class BasisConv2d(nn.Module):
             dtype=self.basis.weight.dtype,
         )
         with torch.no_grad():
-            conv.weight.data = self.weight.contiguous(memory_format=_layout(self.basis.weight))
+            conv.weight.data = self.weight.to(memory_format=_layout(self.basis.weight))
             if conv.bias is not None and self.bias is not None:
                 conv.bias.copy_(self.bias)
                 conv.bias.requires_grad_(self.bias.requires_grad)
         conv.weight.requires_grad_(self.basis.weight.requires_grad or self.composition.weight.requires_grad)
         carry_hooks(self, conv)
+        carry_attributes(self, conv)
         _check_fold(self, conv)
         return conv.train(self.composition.training)
 
@@ -236,7 +252,9 @@ def _bare_conv(*args: Any, **options: Any) -> nn.Conv2d:
 
 
 def _layout(weight: Tensor) -> torch.memory_format:
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    """By the strides: a 1x1 or one-channel weight is contiguous in both formats."""
+    plain = weight.stride() == torch.empty(weight.shape, device="meta").stride()
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not plain
     return torch.channels_last if last else torch.contiguous_format
 
 

@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .bases import METHODS
 from .costs import ConvShape
 from .errors import PlanError
 from .files import write_whole
 
-__all__ = ["DENSE", "LayerPlan", "Plan"]
+__all__ = ["DENSE", "FORMS", "LayerPlan", "Plan"]
 
 FORMAT = 1
 DENSE = "dense"
+FORMS = ("output",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def read_json(path: Path) -> Any:
         raise PlanError(
             f"cannot read {path}: {error.strerror or error}; give the file that save wrote"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is damaged ({error}); write it again with Plan.to_json or save") from error
 
 
@@ -162,7 +164,13 @@ def _check_rank(layer: LayerPlan, where: str) -> None:
     shape = layer.shape
     sizes = (layer.number, layer.in_channels, layer.out_channels, layer.groups, *layer.kernel_size)
     if min(sizes) < 1 or layer.in_channels % layer.groups or layer.out_channels % layer.groups:
-        raise PlanError(f"{where}: {layer} is not the shape of a convolution; make the plan again")
+        raise PlanError(f"{where}, {layer.name}: not the shape of a convolution; make the plan again")
+    if layer.form not in (DENSE, *FORMS) or layer.compressed and layer.method not in METHODS:
+        raise PlanError(
+            f"{where}: {layer}: form is {layer.form!r}, method is {layer.method!r}; make the plan again"
+        )
+    if layer.rank and not layer.compressed:
+        raise PlanError(f"{where}: {layer} is dense and has rank {layer.rank}; make the plan again")
     if layer.compressed and not 1 <= layer.rank <= shape.largest_rank:
         raise PlanError(
             f"{where}: {layer}: rank {layer.rank} is not between 1 and {shape.largest_rank}, "

@@ -120,11 +120,16 @@ def with_batch(example_inputs: ExampleInputs, batch: int) -> ExampleInputs:
 
     >>> with_batch(torch.zeros(1, 3, 8, 8), 2).shape
     torch.Size([2, 3, 8, 8])
+
+    Raises:
+        InputError: when there is no sample to repeat.
     """
 
     def resize(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 0:
             return tensor
+        if tensor.shape[0] == 0:
+            raise InputError(f"an input ({describe(tensor)}) has no sample; pass a batch of at least one")
         copies = -(-batch // tensor.shape[0])
         return torch.cat([tensor] * copies)[:batch]
 

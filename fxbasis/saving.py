@@ -11,9 +11,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import fx, nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
 
 from .compression import apply_plan, plan_of
 from .errors import PlanError
@@ -46,7 +47,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     plan = plan_of(model)
     folder = make_folder(Path(folder))
-    write_through(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path)))
+    save_state(model, folder / WEIGHTS_FILE)
     content = plan.to_dict() | {
         "graph": isinstance(model, fx.GraphModule),
         "given": list(getattr(model, GIVEN, ())),
@@ -73,14 +74,32 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = Plan.from_dict(content, str(folder / PLAN_FILE))
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
     check_plan(model, plan)
-    given = content.get("given", [])
+    graph, given = content.get("graph"), content.get("given", [])
+    if not isinstance(graph, bool):
+        raise PlanError(f"{folder / PLAN_FILE}: graph is {graph!r}; save the model again")
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise PlanError(f"{folder / PLAN_FILE}: given is {given!r}; save the model again")
-    loaded = trace_for(model, given=given) if content.get("graph") else copy_model(model)
+    loaded = trace_for(model, given=given) if graph else copy_model(model)
     loaded = apply_plan(loaded, plan, empty=True)
-    _check_tensors(loaded, folder / WEIGHTS_FILE)
-    load_model(loaded, folder / WEIGHTS_FILE)
+    _load_state(loaded, folder / WEIGHTS_FILE)
     return loaded
+
+
+def save_state(model: nn.Module, path: Path) -> None:
+    """Write the state_dict as safetensors, whole or not at all; a tensor of several names under the first."""
+    tensors, _ = _distinct(model)
+    plain = {
+        key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    write_through(path, lambda temporary: save_file(plain, temporary))
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor of the state_dict once; and for every other name of it, the one it has there."""
+    state = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    names = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
+    return {key: state[key] for key in first.values()}, names
 
 
 def _sha256(path: Path) -> str:
@@ -103,16 +122,14 @@ def _check_hash(path: Path, expected: object) -> None:
         )
 
 
-def _check_tensors(model: nn.Module, path: Path) -> None:
-    """Compare names, shapes and dtypes before anything is loaded."""
-    state = model.state_dict()
+def _load_state(model: nn.Module, path: Path) -> None:
+    """Compare names, shapes and dtypes, then load."""
+    state, names = _distinct(model)
     try:
-        with safe_open(path, framework="pt") as file:
-            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            shared = set(file.metadata() or ())
+        stored = load_file(path)
     except SafetensorError as error:
         raise PlanError(f"{path} is damaged ({error}); save the model again") from error
-    missing = sorted(set(state) - set(stored) - shared)
+    missing = sorted(set(state) - set(stored))
     unknown = sorted(set(stored) - set(state))
     if missing or unknown:
         raise PlanError(
@@ -126,3 +143,4 @@ def _check_tensors(model: nn.Module, path: Path) -> None:
                 f"{tuple(state[key].shape)} {state[key].dtype}; use the model that was compressed, "
                 f"in that dtype (model.to(...))"
             )
+    model.load_state_dict({key: stored[name] for key, name in names.items()})

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-__all__ = ["CONV_NUMBER", "MACS", "FxPass", "PassResult", "call_sites"]
+__all__ = ["CONV_NUMBER", "MACS", "FxPass", "PassResult", "call_sites", "keep_meta"]
 
 CONV_NUMBER = "fxbasis_conv_number"
 MACS = "fxbasis_macs"
@@ -31,6 +31,13 @@ class FxPass(PassBase):
             graph_module.graph.lint()
             graph_module.recompile()
         return PassResult(graph_module, count > 0)
+
+
+def keep_meta(node: Node, *, same_output: bool, to: Node) -> None:
+    """Give a node's meta to one that replaces it: all but its MACs, or what does not depend on its output."""
+    inner = (CONV_NUMBER, "nn_module_stack", "stack_trace")
+    keys = [key for key in node.meta if key != MACS and (same_output or key in inner)]
+    to.meta.update({key: node.meta[key] for key in keys})
 
 
 def call_sites(graph_module: GraphModule, names: set[str]) -> list[Node]:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from ..errors import LayerError
 from ..forms import LAYER, BasisConv2d
 from ..running import Model, copy_model
-from .base import FxPass, call_sites
+from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
 from .rewriting import exchange, names_of
 
@@ -96,8 +96,7 @@ def _join(graph: fx.Graph, basis: fx.Node, composition: fx.Node) -> None:
     name = str(composition.target).removesuffix(".composition")
     with graph.inserting_before(composition):
         node = graph.call_module(name, basis.args, dict(basis.kwargs))
-    keys = ("nn_module_stack", "stack_trace")
-    node.meta.update({key: composition.meta[key] for key in keys if key in composition.meta})
+    keep_meta(composition, same_output=True, to=node)
     composition.replace_all_uses_with(node)
     graph.erase_node(composition)
     graph.erase_node(basis)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..costs import ConvShape, dense_macs, dense_params, output_form_macs, output_form_params
 from ..files import write_whole
-from ..forms import BasisConv2d, as_form, layer_plan
+from ..forms import BasisConv2d, as_form, effective_weight, layer_plan
 from ..running import ExampleInputs, copy_model, run
 from ..tables import aligned
 from .base import CONV_NUMBER, FxPass, call_sites
@@ -295,7 +295,10 @@ def _obstacle(conv: nn.Conv2d) -> str:
     weight = conv._parameters.get("weight")
     if weight is None and not parametrize.is_parametrized(conv, "weight"):
         return "its weight is no parameter"
-    dtype = conv.weight.dtype
+    held = {*conv._parameters, *conv._buffers, *conv._modules} - {"weight", "bias", "parametrizations"}
+    if held:
+        return f"it holds {', '.join(sorted(held))} besides its weight and bias"
+    dtype = effective_weight(conv).dtype
     if not dtype.is_floating_point:
         return f"its weight is {str(dtype).removeprefix('torch.')}"
     if conv.groups > 1 and conv.groups == conv.out_channels:

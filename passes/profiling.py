@@ -96,7 +96,8 @@ class LayerProfile:
 
     Attributes:
         number: the convolution's number; None for another layer.
-        name, kind, shape, form, rank: what it is; shape is that of its dense weight; form is ``dense`` and rank 0 for a convolution left alone.
+        name, kind, shape, form, rank: what it is; shape is that of its dense weight; form is ``dense``
+            and rank 0 for a convolution left alone.
         macs_before, params_before, activations_before: of the dense layer, by the closed form.
         macs, params: of the layer as it is, by the closed form.
         counted: MACs counted from the operations that ran.

@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 
 from ..bases import decompose
 from ..errors import LayerError, PlanError
-from ..forms import LAYER, BasisConv2d, has_hooks
+from ..forms import LAYER, BasisConv2d, effective_weight, has_hooks, layer_plan
 from ..progress import progress
 from ..recipe import LayerPlan, Plan
-from .base import FxPass, call_sites
+from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
 
 __all__ = ["RewritePass", "check_plan", "exchange", "factorise", "rewrite_modules"]
@@ -39,7 +39,9 @@ class RewritePass(FxPass):
         self.empty = empty
 
     def change(self, graph_module: fx.GraphModule) -> int:
-        """Exchange modules, then expand their call sites; counts the layers."""
+        """Exchange modules, then expand their call sites; counts the layers, none when all is as planned."""
+        if [layer_plan(layer) for layer in conv_layers(graph_module).values()] == list(self.plan):
+            return 0
         forms = rewrite_modules(graph_module, self.plan, empty=self.empty)
         for name, form in forms.items():
             if not has_hooks(form):
@@ -99,10 +101,11 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
 
 
 def _check_weight(conv: nn.Conv2d, layer: LayerPlan) -> None:
-    if conv.weight.is_meta:
+    weight = effective_weight(conv)
+    if weight.is_meta:
         raise LayerError(f"{layer}: its weight is on the meta device and has no data; load the weights first")
-    if not bool(torch.isfinite(conv.weight).all()):
-        bad = int((~torch.isfinite(conv.weight)).sum())
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
         raise LayerError(
             f"{layer}: {bad} of its weights are NaN or infinite; "
             "repair them, or leave the layer out of layers="
@@ -111,8 +114,8 @@ def _check_weight(conv: nn.Conv2d, layer: LayerPlan) -> None:
 
 def factorise(conv: nn.Conv2d, layer: LayerPlan) -> BasisConv2d:
     """The form of one convolution, from one decomposition of its effective weight."""
-    with torch.no_grad():
-        factors = decompose(conv.weight, conv.groups, layer.method).factors(layer.rank // conv.groups)
+    decomposition = decompose(effective_weight(conv), conv.groups, layer.method)
+    factors = decomposition.factors(layer.rank // conv.groups)
     return BasisConv2d.from_conv2d(conv, layer, factors)
 
 
@@ -150,9 +153,7 @@ def _expand(graph_module: fx.GraphModule, names: set[str]) -> None:
         with graph.inserting_before(node):
             basis = graph.call_module(f"{node.target}.basis", node.args, dict(node.kwargs))
             composition = graph.call_module(f"{node.target}.composition", (basis,))
-        for new in (basis, composition):
-            new.meta.update(
-                {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-            )
+        keep_meta(node, same_output=False, to=basis)
+        keep_meta(node, same_output=True, to=composition)
         node.replace_all_uses_with(composition)
         graph.erase_node(node)

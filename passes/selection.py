@@ -18,14 +18,13 @@ from typing import Any, TypeAlias
 
 from ..bases import METHODS
 from ..errors import FxBasisWarning, LayerError, SelectionError
-from ..recipe import LayerPlan, Plan
+from ..recipe import FORMS, LayerPlan, Plan
 from .numbering import COMPRESSED, OK, UNSUPPORTED, ConvRecord, ConvTable
 
 __all__ = ["FORMS", "Selector", "rank_of", "select"]
 
 Selector: TypeAlias = str | int | Callable[[ConvRecord], bool]
 Layers: TypeAlias = Selector | Iterable[Selector] | Mapping[Any, Mapping[str, Any] | None]
-FORMS = ("output",)
 
 _ALL, _PATTERN, _EXACT = 0, 1, 2
 
@@ -126,7 +125,8 @@ def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
         return _matches_text(selector, table)
     if isinstance(selector, Iterable):
         parts = [_matches(part, table) for part in selector]
-        return _some({i: s for part in parts for i, s in part.items()}, selector, "the selection is empty")
+        found = {i: max(p[i] for p in parts if i in p) for part in parts for i in part}
+        return _some(found, selector, "the selection is empty")
     raise SelectionError(f"layers={selector!r} is no selector; pass a number, a name, 're:PATTERN' or 'all'")
 
 

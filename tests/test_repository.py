@@ -34,7 +34,7 @@ LAYERS = {
         "export.measuring",
         "export",
     ],
-    3: ["compression", "saving"],
+    3: ["proving", "compression", "saving"],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "cli", "__main__"],
 }

@@ -1,0 +1,77 @@
+"""Proof that a compressed model computes what its folded weights compute in the original.
+
+Whole outputs cannot be compared sharply: a random network behind BatchNorm multiplies a rounding by
+hundreds, and a detector sorts its boxes another way. So the reference (the original with every rewritten
+convolution exchanged for the folded one) runs first; then the compressed model runs with each form's
+output compared on the spot with the folded convolution on the same input, and replaced by it. So each layer
+is proven at the tolerance of its dtype, free of what other layers add, and the outputs of the two models,
+which now see the same numbers everywhere, must be equal: that proves the wiring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .comparing import Difference, check_equal
+from .forms import BasisConv2d
+from .passes.numbering import conv_layers
+from .passes.rewriting import exchange
+from .running import ExampleInputs, copy_model, run
+
+__all__ = ["rewrite_difference"]
+
+
+def rewrite_difference(
+    original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs
+) -> Difference:
+    """The largest difference of any layer between a compressed model and its folded weights.
+
+    Args:
+        original: the uncompressed model, or the folded one.
+        compressed: the model to prove; neither is touched.
+        example_inputs: what both run on, in eval().
+
+    Raises:
+        VerificationError: naming the layer, or the model when its wiring is at fault.
+    """
+    reference: nn.Module = copy_model(original, share_parameters=True)
+    checked = copy_model(compressed, share_parameters=True)
+    dense, found = conv_layers(reference), [Difference(0.0, 0.0)]
+    for name, form in conv_layers(checked).items():
+        if isinstance(form, BasisConv2d):
+            folded = _reconstructed(dense[name], form)
+            reference = exchange(reference, dense[name], folded)
+            _watch(form, folded, found)
+    expected = run(reference, example_inputs)
+    what = f"compressed {type(original).__name__} against the original with the folded weights"
+    check_equal(expected, run(checked, example_inputs), what, "leave it as it is and report the model")
+    return Difference(max(d.absolute for d in found), max(d.relative for d in found))
+
+
+def _reconstructed(conv: nn.Conv2d | BasisConv2d, form: BasisConv2d) -> nn.Conv2d:
+    """The folded weight in the convolution itself: the options and the bias are not the form's word."""
+    folded = form.to_conv2d()
+    for option in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
+        setattr(folded, option, getattr(conv, option))
+    if "bias" in conv._parameters:
+        folded.bias = conv.bias
+    return folded
+
+
+def _watch(form: BasisConv2d, folded: nn.Conv2d, found: list[Difference]) -> None:
+    """Compare each output of the form with that of the folded convolution, and replace it."""
+    inputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0] if args else kwargs["input"])
+
+    def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        expected: Tensor = folded._conv_forward(inputs.pop(), folded.weight, folded.bias)
+        what, remedy = f"{form.plan} against its fold", "leave it out of layers="
+        found.append(check_equal(expected, output, what, remedy))
+        return expected
+
+    form.basis.register_forward_pre_hook(keep, with_kwargs=True)
+    form.composition.register_forward_hook(compare)
