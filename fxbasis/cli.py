@@ -28,10 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
+        warnings.simplefilter("always", FxBasisWarning)
         warnings.showwarning = _show_warning
         try:
             result = options.run(options)
-            print(json.dumps(result.json, indent=1) if options.json else result.text)
+            print(json.dumps(result.json, indent=1) if options.json else result.text, flush=True)
         except (VerificationError, ExportError) as error:
             return _fail(error, 1)
         except FxBasisError as error:
@@ -51,7 +52,7 @@ def _fail(error: FxBasisError, code: int) -> int:
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, FxBasisWarning):
-        print(f"fxbasis: warning: {message}", file=sys.stderr)
+        print(f"fxbasis: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 class _Result:
@@ -112,8 +113,15 @@ def _add_compressed(parser: argparse.ArgumentParser, *, required: bool = False) 
 
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=int, default=30, help="timed runs of each model (default 30)")
-    parser.add_argument("--threads", type=int, default=1, help="threads for each run (default 1)")
+    parser.add_argument("--runs", type=_count, default=30, help="timed runs of each model (default 30)")
+    parser.add_argument("--threads", type=_count, default=1, help="threads for each run (default 1)")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _load(options: argparse.Namespace, spec: str | None = None) -> Any:
@@ -263,10 +271,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> _Result:
     from .export.exporting import export_onnx
+    from .files import check_target
 
+    path = check_target(Path(options.out))
     model, small, example = _load_pair(options)
     target = small if small is not None else model
-    file = export_onnx(target, example, options.out, dynamic_batch=not options.static_batch)
+    file = export_onnx(target, example, path, dynamic_batch=not options.static_batch)
     return _Result(
         str(file),
         {
@@ -286,7 +296,10 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     _add_compressed(parser)
     parser.add_argument(
-        "--runtime", default="onnxruntime", help="onnxruntime (default), or eager for models that are no file"
+        "--runtime",
+        choices=("onnxruntime", "eager"),
+        default="onnxruntime",
+        help="onnxruntime (default), or eager for models that are no file",
     )
     _add_timing(parser)
 
@@ -299,6 +312,11 @@ def _measure(options: argparse.Namespace) -> _Result:
     example = parse_input(options.input)
     if options.weights and sum(not name.endswith(".onnx") for name in options.models) > 1:
         raise UsageError("--weights fits one model only; measure the others as ONNX files")
+    for name in options.models:
+        if name.endswith(".onnx") and options.runtime == "eager":
+            raise UsageError(f"{name} cannot run in eager PyTorch; give MODEL, or --runtime onnxruntime")
+        if name.endswith(".onnx") and not Path(name).is_file():
+            raise UsageError(f"{name} is not a file; write it with `fxbasis export`")
     targets = {name: name if name.endswith(".onnx") else _load(options, name) for name in options.models}
     if options.compressed:
         name, model = next(iter(targets.items()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import FxBasisError, UsageError
@@ -36,17 +37,38 @@ def write_through(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path) -> Path:
-    """The folder, made if it does not exist.
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[Path]:
+    """The folder, made if it does not exist, and gone again when what follows fails and leaves it empty.
 
     Raises:
         UsageError: when it cannot be made, or is a file.
     """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    return folder
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty
+            for path in missing:
+                path.rmdir()
+        raise
+
+
+def check_target(path: Path) -> Path:
+    """The path of a file to write, refused before the work begins when it has no folder or is one.
+
+    Raises:
+        UsageError: naming the path.
+    """
+    if path.is_dir():
+        raise cannot_write(path, IsADirectoryError("it is a folder"))
+    if not path.parent.is_dir():
+        raise cannot_write(path, NotADirectoryError(f"{path.parent} is no folder"))
+    return path
 
 
 def cannot_write(path: Path, error: OSError) -> FxBasisError:

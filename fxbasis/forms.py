@@ -233,7 +233,10 @@ def as_form(module: nn.Module) -> BasisConv2d | None:
     if isinstance(module, BasisConv2d):
         return module
     basis, composition = getattr(module, "basis", None), getattr(module, "composition", None)
-    if isinstance(basis, nn.Conv2d) and isinstance(composition, nn.Conv2d) and hasattr(composition, LAYER):
+    plan: LayerPlan | None = getattr(composition, LAYER, None)
+    if plan is None or not plan.compressed:
+        return None
+    if isinstance(basis, nn.Conv2d) and isinstance(composition, nn.Conv2d):
         return BasisConv2d(basis, composition)
     return None
 

@@ -165,7 +165,7 @@ def _check_rank(layer: LayerPlan, where: str) -> None:
     sizes = (layer.number, layer.in_channels, layer.out_channels, layer.groups, *layer.kernel_size)
     if min(sizes) < 1 or layer.in_channels % layer.groups or layer.out_channels % layer.groups:
         raise PlanError(f"{where}, {layer.name}: not the shape of a convolution; make the plan again")
-    if layer.form not in (DENSE, *FORMS) or layer.compressed and layer.method not in METHODS:
+    if layer.form not in (DENSE, *FORMS) or (layer.compressed and layer.method not in METHODS):
         raise PlanError(
             f"{where}: {layer}: form is {layer.form!r}, method is {layer.method!r}; make the plan again"
         )

@@ -24,7 +24,7 @@ from .comparing import Difference, check_equal
 from .errors import PlanError
 from .export.exporting import OnnxFile, export_onnx
 from .export.measuring import Latency, measure
-from .files import cannot_write, make_folder
+from .files import cannot_write, made_folder
 from .passes.folding import fold
 from .passes.profiling import LayerProfile, Profile, profile
 from .proving import rewrite_difference
@@ -176,9 +176,9 @@ def report(
         VerificationError, ExportError: when a check or an export fails; then nothing is written.
         UsageError: when the folder cannot be written.
     """
-    folder = make_folder(Path(folder))
+    folder = Path(folder)
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with made_folder(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
             draft = Path(temporary)
             found = _examine(original, compressed, example_inputs, draft, title, remarks, runs, threads)
             (draft / "report.md").write_text(found.to_markdown(), encoding="utf-8")

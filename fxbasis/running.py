@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import InputError, TraceError
+from .errors import FxBasisError, InputError, TraceError
 
 Model = TypeVar("Model", bound=nn.Module)
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
@@ -103,10 +103,12 @@ def run(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = Fal
     Raises:
         InputError: when the model fails on the inputs; the model's own message is kept.
     """
-    args, kwargs = as_arguments(example_inputs)
+    args, kwargs = as_arguments(map_tensors(torch.clone, example_inputs))  # the model may change its input
     with torch.no_grad(), seeded(), in_mode(model, training):
         try:
             return model(*args, **kwargs)
+        except FxBasisError:
+            raise
         except Exception as error:
             raise InputError(
                 f"the model failed on the example inputs ({describe(example_inputs)}): "

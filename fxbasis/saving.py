@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .compression import apply_plan, plan_of
 from .errors import PlanError
-from .files import make_folder, write_through, write_whole
+from .files import made_folder, write_through, write_whole
 from .passes.rewriting import check_plan
 from .passes.tracing import GIVEN, trace_for
 from .recipe import Plan, read_json
@@ -46,14 +46,14 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     True
     """
     plan = plan_of(model)
-    folder = make_folder(Path(folder))
-    save_state(model, folder / WEIGHTS_FILE)
-    content = plan.to_dict() | {
-        "graph": isinstance(model, fx.GraphModule),
-        "given": list(getattr(model, GIVEN, ())),
-        "weights_sha256": _sha256(folder / WEIGHTS_FILE),
-    }
-    write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
+    with made_folder(Path(folder)) as folder:
+        save_state(model, folder / WEIGHTS_FILE)
+        content = plan.to_dict() | {
+            "graph": isinstance(model, fx.GraphModule),
+            "given": list(getattr(model, GIVEN, ())),
+            "weights_sha256": _sha256(folder / WEIGHTS_FILE),
+        }
+        write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
     return folder
 
 

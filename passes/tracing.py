@@ -35,6 +35,7 @@ from ..running import ExampleInputs, as_arguments, buffers_kept, copy_model, run
 __all__ = ["TracedModule", "trace"]
 
 GIVEN = "fxbasis_given"
+_METHODS = ("__call__", "__getattr__", "_apply", "eval", "load_state_dict", "state_dict", "train")
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 
 
@@ -168,18 +169,33 @@ def refuse_lazy(model: nn.Module) -> None:
 
 
 def _traced(copied: nn.Module, example_inputs: ExampleInputs | None, given: Collection[str]) -> TracedModule:
-    if "forward" in copied.__dict__:
-        raise ObstacleError("its forward was replaced on the instance")
+    _check_class(copied)
     buffers = [name for name, _ in copied.named_buffers()]
     before = None if example_inputs is None else _behaviour(copied, example_inputs, buffers)
     given = _given(copied, example_inputs) or given
     graph, root = _graph_of_both_modes(copied, _defaults(copied, given))
     _keep_constants(graph, root, copied)
-    traced = TracedModule(copied, graph, type(copied).__name__)
+    try:
+        traced = TracedModule(copied, graph, type(copied).__name__)
+    except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
+        raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
     setattr(traced, GIVEN, tuple(given))
     if example_inputs is not None:
         _prove(before, traced, example_inputs, buffers)
     return traced
+
+
+def _check_class(model: nn.Module) -> None:
+    """A GraphModule has nn.Module's own methods, and attributes of its own."""
+    if "forward" in model.__dict__:
+        raise ObstacleError("its forward was replaced on the instance")
+    own = [name for name in _METHODS if getattr(type(model), name) is not getattr(nn.Module, name)]
+    if own:
+        raise ObstacleError(f"its class has its own {own[0]}")
+    reserved = {*vars(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+    taken = reserved & {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    if taken:
+        raise ObstacleError(f"its attribute {min(taken)} has another meaning in a graph")
 
 
 def _behaviour(model: nn.Module, example_inputs: ExampleInputs, buffers: list[str]) -> list[Any]:
