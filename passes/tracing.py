@@ -48,20 +48,40 @@ class TracedModule(fx.GraphModule):
 
     A plain GraphModule keeps only what its nodes name, and containers lose their class. Here every
     submodule, parameter, buffer, plain attribute and hook stays, in the original order, so that
-    ``state_dict`` keys and their order are the model's own.
+    ``state_dict`` keys and their order are the model's own. Other methods, properties and constants of the
+    model's class still answer; they run as Python on the same submodules.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
+    _model_class: type[nn.Module] = nn.Module
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        class_name: str = "TracedModule",
+        model_class: type[nn.Module] = nn.Module,
+    ) -> None:
         super().__init__(root, graph, class_name)
+        type(self)._model_class = model_class  # fx gives each GraphModule a class of its own
         for key, value in root.__dict__.items():
             if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
                 self.__dict__[key] = value
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            for owner in self._model_class.__mro__:
+                if name in vars(owner) and not owner.__module__.startswith("torch."):
+                    value = vars(owner)[name]
+                    return value.__get__(self, owner) if hasattr(value, "__get__") else value
+            raise
+
     def _deepcopy_init(self) -> Any:
-        name = type(self).__name__
+        name, model_class = type(self).__name__, self._model_class
 
         def init(copied: TracedModule, root: nn.Module, graph: fx.Graph) -> None:
-            TracedModule.__init__(copied, root, graph, name)
+            TracedModule.__init__(copied, root, graph, name, model_class)
 
         return init
 
@@ -176,7 +196,7 @@ def _traced(copied: nn.Module, example_inputs: ExampleInputs | None, given: Coll
     graph, root = _graph_of_both_modes(copied, _defaults(copied, given))
     _keep_constants(graph, root, copied)
     try:
-        traced = TracedModule(copied, graph, type(copied).__name__)
+        traced = TracedModule(copied, graph, type(copied).__name__, type(copied))
     except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
         raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
     setattr(traced, GIVEN, tuple(given))

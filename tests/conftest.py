@@ -6,9 +6,9 @@ under "(top level)". Nets come in eval() with BatchNorm statistics that matter.
 
 Fixtures: one for each net by its key in ``NETS`` (``plain_net``, ``shared_net``...), and ``net``, which
 runs a test on each of them. Helpers: ``from conftest import NETS, build, close``.
-"""
 
-from __future__ import annotations
+No postponed annotations here: torch 2.8 cannot pickle a graph of a forward that has them.
+"""
 
 from collections.abc import Callable, Iterator
 

@@ -22,7 +22,7 @@ from conftest import Net, close
 from torch import Tensor, nn
 
 from fxbasis import compress, fold, load, number_convs, profile, save, trace
-from fxbasis.bases import METHODS
+from fxbasis.bases import METHODS, decompose
 from fxbasis.errors import FxBasisWarning, LayerError, VerificationError
 from fxbasis.forms import BasisConv2d
 from fxbasis.recipe import LayerPlan
@@ -200,6 +200,18 @@ def test_fold_equals_what_it_folds(key: str, method: str) -> None:
 
 
 @methods
+@pytest.mark.parametrize("key", ["plain", "groups", "groups-small-fan-in"])
+def test_the_basis_is_that_of_the_method(key: str, method: str) -> None:
+    conv, rank = CASES[key].net().conv, CASES[key].small
+    factors = decompose(conv.weight, conv.groups, method).factors(rank // conv.groups)
+    form = small(key, method).get_submodule("conv")
+    assert torch.equal(form.basis.weight.flatten(), factors.basis.float().flatten())
+    assert torch.equal(form.composition.weight.flatten(), factors.composition.float().flatten())
+    assert form.plan.method == method
+    assert form.plan.rank == form.basis.out_channels == rank
+
+
+@methods
 @cases
 def test_folding_twice_changes_nothing_more(key: str, method: str) -> None:
     folded = fold(small(key, method))
@@ -360,6 +372,13 @@ def test_fold_has_the_state_dict_of_the_net(net: Net) -> None:
     assert close(output(small, net.example), output(net, net.example))
 
 
+def test_fold_leaves_no_mark_behind(net: Net) -> None:
+    folded = fold(compress(net, net.example, layers=1, size=2))
+    convs = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
+    for name in convs:
+        assert sorted(vars(folded.get_submodule(name))) == sorted(vars(net.get_submodule(name)))
+
+
 DEPTHWISE = "depthwise: a group of one filter has no smaller basis"
 
 
@@ -438,7 +457,9 @@ def test_aliases_stay_one_object(aliased_net: Net) -> None:
         ("plain", "bias", None),
     ],
 )
-def test_compress_itself_names_the_layer_that_lost_an_option(key: str, option: str, value: Any, monkeypatch: Any) -> None:
+def test_compress_itself_names_the_layer_that_lost_an_option(
+    key: str, option: str, value: Any, monkeypatch: Any
+) -> None:
     def careless(conv: nn.Conv2d, plan: LayerPlan) -> BasisConv2d:
         other = copy.deepcopy(conv)
         setattr(other, option, value)
