@@ -2,24 +2,17 @@
 
 The relative difference is the largest absolute difference over the largest magnitude of the expected
 output. Tolerances: float64 1e-12, float32 1e-5, float16 5e-3, bfloat16 2e-2.
-
-A badly conditioned model (random weights, few samples behind BatchNorm statistics, the boxes of a detector)
-moves by more than that when its inputs move by one rounding. No rewrite can be compared more sharply than
-that, so two models may differ by ten times what one rounding of the inputs does to the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
-from .running import ExampleInputs, buffers_kept, map_tensors, run
 
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -104,49 +97,16 @@ def tolerance(value: Any) -> float:
     return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=1e-5)
 
 
-def check_equal(expected: Any, actual: Any, what: str, remedy: str, floor: float = 0.0) -> Difference:
-    """The difference of two outputs, refused when it exceeds the tolerance of their dtype, or ``floor``.
+def check_equal(expected: Any, actual: Any, what: str, remedy: str) -> Difference:
+    """The difference of two outputs, refused when it exceeds the tolerance of their dtype.
 
     Raises:
         VerificationError: naming ``what``, the figure, the tolerance, and ending with ``remedy``.
     """
-    found, allowed = difference(expected, actual, what), max(tolerance(expected), floor)
+    found, allowed = difference(expected, actual, what), tolerance(expected)
     if not found.relative <= allowed:
         raise VerificationError(
             f"{what}: outputs differ by {found.relative:.2e} of their largest magnitude "
             f"(tolerance {allowed:.1e}); {remedy}"
         )
     return found
-
-
-def check_models(
-    reference: nn.Module, model: nn.Module, example_inputs: ExampleInputs, what: str, remedy: str
-) -> Difference:
-    """``check_equal`` of two models' outputs in eval(), with the floor of a badly conditioned reference.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> check_models(layer, layer, torch.ones(1, 2), "itself", "none")
-    Difference(absolute=0.0, relative=0.0)
-
-    Raises:
-        VerificationError: when they differ by more.
-    """
-    floor = 0.0
-    with buffers_kept(reference), buffers_kept(model):
-        expected, actual = run(reference, example_inputs), run(model, example_inputs)
-        if not difference(expected, actual, what).relative <= tolerance(expected):
-            change = rounding_change(reference, example_inputs, expected)
-            floor = 10 * change if math.isfinite(change) else 0.0
-    return check_equal(expected, actual, what, remedy, floor)
-
-
-def rounding_change(model: nn.Module, example_inputs: ExampleInputs, expected: Any) -> float:
-    """The relative change of the outputs when every input element moves by one rounding of its dtype."""
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        sign = torch.randint(0, 2, tensor.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return tensor * (1 + torch.finfo(tensor.dtype).eps * sign.to(tensor))
-
-    return difference(expected, run(model, map_tensors(moved, example_inputs))).relative

@@ -124,6 +124,7 @@ UNKNOWN: dict[str, tuple[Any, str]] = {
     "a parent's name": ("a", "no convolution has this name"),
     "pattern of nothing": ("re:layer9.*", "matches no whole name"),
     "pattern of a part of a name": ("re:conv1", "matches no whole name.*close matches: a.conv1"),
+    "pattern of a beginning": (r"re:a\.conv", "matches no whole name.*close matches: a.conv"),
     "broken pattern": ("re:(", r"layers='re:\('.*write a Python regular expression"),
     "function of nothing": (lambda record: False, "true for no convolution; see"),
     "empty text": ("", "the selection is empty; use"),

@@ -155,6 +155,13 @@ class NoGrad(Base):
         return self.last(y)
 
 
+class EnableGrad(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = self.conv(x)
+        return self.last(y)
+
+
 class Autocast(Base):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -513,6 +520,7 @@ PYTHON: dict[str, tuple[Case, str]] = {
     "auxiliary head": (Case(AuxiliaryHead), r"train\(\) and eval\(\)"),
     "constant of the mode": (Case(TrainingConstant), ""),
     "no_grad": (Case(NoGrad), "no_grad"),
+    "enable_grad": (Case(EnableGrad), "no_grad"),
     "autocast": (Case(Autocast), "autocast"),
     "autocast switched off": (Case(AutocastOff), "autocast"),
     "reentrant checkpoint": (Case(lambda: Checkpoint(True)), ""),
@@ -839,15 +847,17 @@ def test_hooks_fire_once_for_each_call_after_compression() -> None:
         def __call__(self, *_: Any) -> None:
             Counter.calls += 1
 
-    model = Plain()
-    model.conv.register_forward_hook(Counter())
-    model.last.register_forward_pre_hook(Counter())
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Plain())
+    model[0].register_forward_hook(Counter())
+    model[1].conv.register_forward_pre_hook(Counter())
+    model[1].register_forward_hook(Counter())
     model.register_forward_hook(Counter())
     small, _ = quietly(compress, model, X, layers="re:.*", size=2)
-    for one in (small, fold(small)):
+    for one in (trace(model, X), small, fold(small)):
+        assert isinstance(one, fx.GraphModule)
         Counter.calls = 0
         one(X)
-        assert Counter.calls == 3
+        assert Counter.calls == 4
 
 
 def test_backward_hook_on_a_conv_still_fires() -> None:
@@ -1037,6 +1047,13 @@ def test_the_callers_own_grad_context_does_not_matter(under: Any) -> None:
         traced, messages = quietly(trace, model, X)
     assert messages == []
     assert_behaves_as(model, traced, X)
+
+
+@pytest.mark.parametrize("key", ["no_grad", "enable_grad", "autocast", "autocast switched off"])
+@pytest.mark.parametrize("under", [torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_contexts_of_the_model_are_seen_inside_the_same_context(under: Any, key: str) -> None:
+    with under(), pytest.warns(FxBasisWarning, match="stays Python.*it opens a context"):
+        trace(make(PYTHON[key][0]))
 
 
 def test_autocast_around_the_traced_model_acts_as_around_the_model() -> None:
