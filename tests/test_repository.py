@@ -21,11 +21,13 @@ LAYERS = {
     0: ["errors", "tables", "progress", "files", "costs", "paper", "running", "comparing", "bases"],
     1: ["recipe", "forms", "passes.base"],
     2: [
+        "passes.capturing",
         "passes.tracing",
         "passes.numbering",
         "passes.selection",
         "passes.rewriting",
         "passes.folding",
+        "passes.counting",
         "passes.profiling",
         "passes",
         "export.checking",

@@ -1,0 +1,123 @@
+"""Counting multiply-adds from the ATen operations that run, by module and by graph node.
+
+The count looks at the tensors of each operation and knows nothing of layers, forms or ranks. Convolutions
+are counted here (weight times output positions, groups included); matrix products and attention by
+PyTorch's own registry of formulas.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..running import ExampleInputs, run, tensors_of
+from .base import MACS
+
+__all__ = ["MacCounter", "count_macs"]
+
+_CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution}
+_NO_WORK = {"aten.empty", "aten.clone", "aten.copy_", "aten._to_copy", "aten.zeros", "aten.ones", "aten.full"}
+
+
+class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts MACs and output elements of every operation under the scope that is open."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scopes: list[str] = [""]
+        self.macs: Counter[str] = Counter()
+        self.activations: Counter[str] = Counter()
+        self.uncounted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count it."""
+        output = func(*args, **(kwargs or {}))
+        macs = _macs(func._overloadpacket, args, kwargs or {}, output)
+        if macs is not None:
+            self.macs[self.scopes[-1]] += macs
+            self.activations[self.scopes[-1]] += sum(tensor.numel() for tensor in tensors_of(output))
+        elif not func.is_view and str(func._overloadpacket) not in _NO_WORK and tensors_of(output):
+            self.uncounted[str(func._overloadpacket)] += 1
+        return output
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Attribute what runs inside to ``name``."""
+        self.scopes.append(name)
+        try:
+            yield
+        finally:
+            self.scopes.pop()
+
+    def attach(self, model: nn.Module) -> None:
+        """Open a scope for every call of every submodule."""
+
+        def hooks(name: str) -> tuple[Any, Any]:
+            return lambda *_: self.scopes.append(name), lambda *_: self.scopes.pop() and None
+
+        for name, module in model.named_modules():
+            enter, leave = hooks(name)
+            if name:
+                module.register_forward_pre_hook(enter)
+                module.register_forward_hook(leave)
+
+
+def _macs(operation: Any, args: Any, kwargs: Any, output: Any) -> int | None:
+    if operation in _CONVOLUTIONS:
+        transposed = args[6]
+        positions = args[0] if transposed else output
+        return int(positions.numel() * prod(args[1].shape[1:]))
+    if operation in flop_registry:
+        return int(flop_registry[operation](*args, **kwargs, out_val=output)) // 2
+    return None
+
+
+def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacCounter:
+    """Run a copy that may be marked: MACs by module, and in ``node.meta[MACS]`` of a graph."""
+    counter = MacCounter()
+    runner = model
+    if isinstance(model, fx.GraphModule):
+        for node in model.graph.nodes:
+            node.meta[MACS] = 0
+        runner = _ByNode(model, counter)
+    counter.attach(model)
+    with counter:
+        run(runner, example_inputs)
+    return counter
+
+
+class _ByNode(nn.Module):
+    """Runs a GraphModule through an Interpreter that counts each node."""
+
+    def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.counter = counter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.graph_module.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _Interpreter(self.graph_module, self.counter).run(*bound.args, *bound.kwargs.values())
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
+        super().__init__(graph_module)
+        self.counter = counter
+
+    def run_node(self, n: fx.Node) -> Any:
+        stack = [str(path) for path, _ in n.meta.get("nn_module_stack", {}).values()]
+        before = self.counter.macs.total()
+        with self.counter.scope(stack[-1] if stack and n.op != "call_module" else ""):
+            output = super().run_node(n)
+        n.meta[MACS] = self.counter.macs.total() - before
+        return output
