@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
@@ -30,18 +31,29 @@ class Difference:
     relative: float
 
 
-def _leaves(value: Any) -> tuple[list[Any], Any]:
+def _leaves(value: Any, inside: tuple[int, ...] = ()) -> tuple[list[Any], Any]:
+    """The leaves of a nest, objects with attributes opened too, and its structure with all types."""
     leaves, spec = pytree.tree_flatten(value)
     flat: list[Any] = []
     specs: list[Any] = [spec]
     for leaf in leaves:
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            inner, inner_spec = _leaves({f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)})
-            flat += inner
-            specs.append((type(leaf), inner_spec))
-        else:
+        parts = _attributes(leaf)
+        if parts is None or id(leaf) in inside:
             flat.append(leaf)
+            continue
+        inner, inner_spec = _leaves(parts, (*inside, id(leaf)))
+        flat += inner
+        specs.append((type(leaf), inner_spec))
     return flat, tuple(specs)
+
+
+def _attributes(leaf: Any) -> dict[str, Any] | None:
+    """What an output object holds; None for tensors, plain values, classes, functions and modules."""
+    if isinstance(leaf, (torch.Tensor, nn.Module, type)) or callable(leaf):
+        return None
+    if dataclasses.is_dataclass(leaf):
+        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    return dict(vars(leaf)) if hasattr(leaf, "__dict__") else None
 
 
 def _tensor_difference(expected: torch.Tensor, actual: torch.Tensor, what: str) -> Difference:

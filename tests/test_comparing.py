@@ -183,3 +183,17 @@ def test_check_equal_draws_the_line_at_the_tolerance(dtype: torch.dtype) -> None
 def test_check_equal_refuses_a_new_nan() -> None:
     with pytest.raises(VerificationError, match="here: outputs differ by inf"):
         check_equal(t(1, 1), t(1, NAN), "here", "do that")
+
+
+class Instances:
+    """What a detector returns: an object of a class of its own."""
+
+    def __init__(self, *scores: float) -> None:
+        self.fields = {"scores": t(*scores)}
+        self.owner = self
+
+
+def test_difference_looks_into_objects_of_any_class() -> None:
+    assert difference([Instances(1, 2)], [Instances(1, 2.5)]) == Difference(0.5, 0.25)
+    with pytest.raises(VerificationError, match="changed its structure"):
+        difference(Instances(1), Boxes(t(1)))
