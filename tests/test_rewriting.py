@@ -484,8 +484,6 @@ def read_basis(graph_module: fx.GraphModule) -> None:
 
 def feed_composition(graph_module: fx.GraphModule) -> None:
     basis = next(node for node in graph_module.graph.nodes if node.target == "shared.basis")
-    composition = next(node for node in graph_module.graph.nodes if node.target == "stem.composition")
-    composition.replace_all_uses_with(composition)
     first = next(node for node in graph_module.graph.nodes if node.target == "shared.composition")
     first.args = (basis.args[0],)
 

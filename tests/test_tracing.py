@@ -807,6 +807,8 @@ def test_a_model_that_caches_what_it_sees_can_be_traced_twice() -> None:
 @pytest.mark.parametrize("key", ["plain", "unused parts", "tensor constants", "sequential"])
 @pytest.mark.parametrize("compressed", [False, True], ids=["traced", "compressed"])
 def test_survives_copies(compressed: bool, key: str, again: Callable[[Any], Any]) -> None:
+    if torch.__version__.startswith("2.8.") and key in ("unused parts", "tensor constants"):
+        pytest.skip("torch 2.8's pickle of a GraphModule reorders what it did not trace")
     model = make(GRAPHS[key])
     traced, _ = quietly(compress, model, X, layers="re:.*", size=2) if compressed else (trace(model, X), 0)
     other = again(again(traced))
