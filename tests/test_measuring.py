@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from fxbasis.errors import ExportError, InputError
+from fxbasis.errors import ExportError, FxBasisWarning, InputError
 from fxbasis.export import checking, exporters, measuring
 from fxbasis.export.exporting import export_onnx
 from fxbasis.export.measuring import WARM_UP, Latency, measure
@@ -240,3 +241,11 @@ def test_short_measurements_show_no_bar(conv_file: Path, capsys: pytest.CaptureF
 def test_long_measurements_show_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
     measure(Logged("slow", 0.3), image(), runs=9, runtime="eager")
     assert "measuring" in capsys.readouterr().err
+
+
+def test_more_threads_than_processors_are_warned_of_and_far_more_refused() -> None:
+    threads = (os.cpu_count() or 1) + 1
+    with pytest.warns(FxBasisWarning, match=rf"threads={threads} on a machine with {threads - 1} processors"):
+        measure(nn.Conv2d(3, 8, 3), image(), runs=1, threads=threads, runtime="eager")
+    with pytest.raises(ExportError, match="threads=100000 is more than 256; this machine has"):
+        measure(nn.Conv2d(3, 8, 3), image(), runs=1, threads=100_000)
