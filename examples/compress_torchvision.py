@@ -32,7 +32,9 @@ def main() -> None:
         layers=lambda conv: conv.index > 1 and max(conv.kernel_size) > 1,  # not the stem, no 1x1
         size=0.5,
     )
-    print(fxbasis.report(model, small, example, options.out, title="ResNet-18"))
+    remarks = () if options.weights else ("Weights are random: accuracy does not exist.",)
+    print(fxbasis.report(model, small, example, options.out, title="ResNet-18", remarks=remarks))
+    print(f"written to {options.out}")
 
     # Back to the original's structure: the same function, the original's state_dict keys.
     model.load_state_dict(fxbasis.fold(small).state_dict())

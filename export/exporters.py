@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.jit._trace import TracerWarning
 from torch.utils import _pytree as pytree
 
 from ..comparing import tolerance
@@ -41,6 +42,7 @@ class Job:
     output_names: list[str]
     checks: list[Check]
     opset: int | None
+    frozen: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def external(self) -> bool:
@@ -126,19 +128,28 @@ def _export_torchscript(job: Job, file: Path) -> None:
     for i, name in enumerate(job.output_names):
         if job.dynamic and all(c.expected[i].shape[:1] == (c.batch,) for c in job.checks):
             axes[name] = {0: "batch"}
-    torch.onnx.export(
-        _Flat(model, (args, kwargs)),
-        tuple(named.values()),
-        str(file),
-        dynamo=False,
-        input_names=list(named),
-        output_names=job.output_names,
-        dynamic_axes=axes,
-        opset_version=job.opset,
-        verbose=False,
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TracerWarning)
+        torch.onnx.export(
+            _Flat(model, (args, kwargs)),
+            tuple(named.values()),
+            str(file),
+            dynamo=False,
+            input_names=list(named),
+            output_names=job.output_names,
+            dynamic_axes=axes,
+            opset_version=job.opset,
+            verbose=False,
+        )
+    job.frozen.extend(_frozen_values(caught))
     if job.external:
         _gather_weights(file)
+
+
+def _frozen_values(caught: list[warnings.WarningMessage]) -> list[str]:
+    """Places in the model where Python computed with values of tensors, which tracing keeps as they were."""
+    lines = {f"{w.filename}:{w.lineno}" for w in caught if issubclass(w.category, TracerWarning)}
+    return sorted(line for line in lines if "/torch/" not in line)
 
 
 def _gather_weights(file: Path) -> None:

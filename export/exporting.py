@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from ..comparing import Difference
-from ..errors import ExportError, FxBasisError, InputError, VerificationError
+from ..errors import ExportError, FxBasisError, FxBasisWarning, InputError, VerificationError
 from ..running import ExampleInputs, batch_size, run, seeded, tensors_of
 from .checking import (
     compared,
@@ -107,6 +108,13 @@ def export_onnx(
             f"cannot write {target}: {error.strerror or error}; give a path in a folder that has room "
             "and that you may write to"
         ) from error
+    if exporter == "torchscript" and job.frozen:
+        warnings.warn(
+            f"{target}: tracing froze what Python computed from values of tensors "
+            f"({', '.join(job.frozen[:3])}); inputs that would go another way there get wrong outputs",
+            FxBasisWarning,
+            stacklevel=2,
+        )
     batches = tuple(dict.fromkeys(check.batch for check in job.checks))
     return OnnxFile(target, size, exporter, written_opset, dynamic_batch, found, job.tolerance, batches)
 

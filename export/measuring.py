@@ -70,6 +70,11 @@ class Latency:
             f"{threads}, {self.runtime}, {self.size_bytes / 1e6:.2f} MB)"
         )
 
+    @property
+    def spread(self) -> float:
+        """Upper over lower quartile: 1 on a silent machine."""
+        return self.upper_quartile_ms / self.lower_quartile_ms
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return dataclasses.asdict(self)

@@ -99,7 +99,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="shape of the example input (default %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of random weights, where --weights is not given (default 0)"
+        "--seed",
+        type=_seed,
+        default=0,
+        help="seed of random weights, where --weights is not given (default 0)",
     )
 
 
@@ -118,10 +121,15 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 100000")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def _load(options: argparse.Namespace, spec: str | None = None) -> Any:
@@ -170,37 +178,37 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for models, tables and report")
     parser.add_argument(
         "--layers",
-        default="all",
-        help='numbers, ranges and names with commas ("2-5,10"), "re:PATTERN", or "all": every layer whose '
-        "cost falls (default)",
+        help='numbers, ranges and names with commas ("2-5,10"), or "re:PATTERN": rewritten even where that '
+        'costs more; or "all" (default): every layer that qualifies and whose cost falls',
     )
     parser.add_argument(
         "--size",
-        default="0.5",
         help="basis convolutions of each layer: an integer, or a fraction of its filters (default 0.5)",
     )
-    parser.add_argument("--form", default="output", help='structure of the subgraph (default "output")')
-    parser.add_argument("--method", default="svd", help="svd (default), eigen, qr or qr-unpivoted")
+    parser.add_argument("--form", help='structure of the subgraph: "output", the only one so far')
+    parser.add_argument("--method", help="svd (default), eigen, qr or qr-unpivoted")
     parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of the four above")
     _add_timing(parser)
 
 
 def _compress(options: argparse.Namespace) -> _Result:
     from .compression import compress
+    from .files import check_folder
     from .models import parse_input
     from .reporting import report
 
+    check_folder(Path(options.out))
+    chosen = {key: getattr(options, key) for key in ("layers", "size", "form", "method")}
+    given = {key: value for key, value in chosen.items() if value is not None}
+    if options.plan and given:
+        raise UsageError(
+            f"--plan decides instead of {', '.join('--' + key for key in given)}; give one of them"
+        )
+    if "size" in given:
+        given["size"] = _number(given["size"])
     example = parse_input(options.input)
     model = _load(options)
-    small = compress(
-        model,
-        example,
-        layers=options.layers,
-        size=_number(options.size),
-        form=options.form,
-        method=options.method,
-        plan=options.plan,
-    )
+    small = compress(model, example, plan=options.plan, **given)
     random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
     done = report(
         model,
@@ -212,7 +220,7 @@ def _compress(options: argparse.Namespace) -> _Result:
         runs=options.runs,
         threads=options.threads,
     )
-    return _Result(f"{done.profile}\n\n{done}\nwritten to {options.out}", done.to_dict())
+    return _Result(f"{done.profile.table()}\n\n{done}\nwritten to {options.out}", done.to_dict())
 
 
 def _zoo(spec: str) -> bool:
@@ -317,6 +325,9 @@ def _measure(options: argparse.Namespace) -> _Result:
             raise UsageError(f"{name} cannot run in eager PyTorch; give MODEL, or --runtime onnxruntime")
         if name.endswith(".onnx") and not Path(name).is_file():
             raise UsageError(f"{name} is not a file; write it with `fxbasis export`")
+    repeated = [name for name in options.models if options.models.count(name) > 1]
+    if repeated:
+        raise UsageError(f"{repeated[0]} is named more than once; name each model once")
     targets = {name: name if name.endswith(".onnx") else _load(options, name) for name in options.models}
     if options.compressed:
         name, model = next(iter(targets.items()))
@@ -337,7 +348,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _demo(options: argparse.Namespace) -> _Result:
     from .demo import run_demo
+    from .files import check_folder
 
+    check_folder(Path(options.out))
     done = run_demo(options.out, say=(lambda _: None) if options.json else print)
     return _Result(f"{done}\nwritten to {options.out}; read {options.out}/report.md", done.to_dict())
 

@@ -71,6 +71,20 @@ def check_target(path: Path) -> Path:
     return path
 
 
+def check_folder(path: Path) -> Path:
+    """The path of a folder to write, refused before the work begins when it cannot be one.
+
+    Raises:
+        UsageError: naming the path.
+    """
+    above = next((part for part in (path, *path.parents) if part.exists()), Path())
+    if not above.is_dir():
+        raise UsageError(f"cannot write {path}: {above} is a file; give the name of a folder")
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"cannot write {path}: {above} is not writable; give another folder")
+    return path
+
+
 def cannot_write(path: Path, error: OSError) -> FxBasisError:
     """The error for a path that cannot be written."""
     reason = error.strerror or str(error)

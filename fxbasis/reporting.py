@@ -34,6 +34,13 @@ from .saving import load, save
 __all__ = ["Report", "report"]
 
 
+NOISY = 1.3
+"""Upper over lower quartile above which a time is called noisy."""
+
+FEW_RUNS = 10
+"""Fewer runs than these are called too few."""
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything that is known about one compression.
@@ -64,6 +71,23 @@ class Report:
         """Time of the compressed model over that of the original: median of the ratios run by run."""
         return self.compressed.ratio_to(self.original)
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What forbids to trust the time; empty when nothing does."""
+        noisy = [time for time in (self.original, self.compressed) if time.spread > NOISY]
+        few = self.original.runs < FEW_RUNS
+        found = [f"**{self.original.runs} runs are too few to compare times by.**"] if few else []
+        if noisy:
+            found.append(
+                f"**The times are noisy (upper over lower quartile {max(t.spread for t in noisy):.2f}): "
+                "measure again on a quieter machine, or with more runs.**"
+            )
+        return tuple(found)
+
+    def _exported(self) -> str:
+        pairs = (("original", self.original_onnx), ("compressed", self.compressed_onnx))
+        return "; ".join(f"{name} by the {f.exporter} exporter, opset {f.opset}" for name, f in pairs)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
@@ -71,6 +95,11 @@ class Report:
             "inputs": self.inputs,
             "remarks": list(self.remarks),
             "time_ratio": self.time_ratio,
+            "cautions": list(self.cautions),
+            "exporter": {
+                "original": self.original_onnx.exporter,
+                "compressed": self.compressed_onnx.exporter,
+            },
             "original": self.original.to_dict(),
             "compressed": self.compressed.to_dict(),
             "size_bytes": {
@@ -104,6 +133,8 @@ class Report:
             f"Time: {self.original}; {self.compressed}. Both ran in turn in one loop; the ratio "
             f"{self.time_ratio:.3f} is the median over the runs, pair by pair.",
             *([] if self.time_ratio < 1 else ["**The compressed model is not faster on this machine.**"]),
+            *self.cautions,
+            f"Files: {self._exported()}.",
             "## Checks",
             self._checks(),
             "## Layers",
@@ -148,6 +179,7 @@ class Report:
             f"{self.original.median_ms:.3f} ms, {self.original.runtime}, {self.original.threads} thread(s), "
             f"batch {self.original.batch}, {self.original.runs} runs in turn)\n"
             f"ONNX file {self.compressed_onnx.size_bytes:,} of {self.original_onnx.size_bytes:,} bytes"
+            + "".join(f"\n{caution.strip('*')}" for caution in self.cautions)
         )
 
 

@@ -95,19 +95,8 @@ class ConvTable(Sequence[ConvRecord]):
         return iter(self._records)
 
     def __str__(self) -> str:
-        headers = (
-            "#",
-            "name",
-            "in",
-            "out",
-            "kernel",
-            "stride",
-            "groups",
-            "output",
-            "MACs",
-            "params",
-            "status",
-        )
+        headers: tuple[str, ...] = ("#", "name", "in", "out", "kernel", "stride", "groups", "output")
+        headers += ("calls", "MACs", "params", "status")
         return aligned([_row(record) for record in self], headers, left=("name", "status"))
 
     def to_dict(self) -> dict[str, list[Any]]:
@@ -135,6 +124,7 @@ def _row(record: ConvRecord) -> list[str]:
         "x".join(map(str, record.stride)),
         str(record.groups),
         "x".join(map(str, record.output_size)) if record.output_size else "-",
+        "-" if record.calls is None else str(record.calls),
         "-" if record.macs is None else f"{record.macs:,}",
         f"{record.params:,}",
         status,

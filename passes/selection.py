@@ -139,7 +139,11 @@ def _matches_text(text: str, table: ConvTable) -> dict[int, int]:
         except re.error as error:
             raise SelectionError(f"layers={text!r}: {error}; write a Python regular expression") from error
         found = dict.fromkeys((r.index for r in table if pattern.fullmatch(r.name)), _PATTERN)
-        return _some(found, text, "the pattern matches no whole name" + _close(text[3:], table))
+        if not found:
+            raise SelectionError(
+                f"layers={text!r}: the pattern matches no whole name{_close(text[3:], table)}"
+            )
+        return found
     if not text.strip():
         raise SelectionError(f'layers={text!r}: the selection is empty; use layers="all" or name some layers')
     tokens = [token.strip() for token in text.split(",")]

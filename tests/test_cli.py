@@ -546,3 +546,29 @@ def test_reader_that_goes_away_is_no_error(net: str) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--runs", "0"], "'0' is no whole number from 1"),
+        (["--seed", "-1"], "'-1' is no whole number from 0"),
+        (["--seed", str(2**32)], "is no whole number from 0 to 4294967295"),
+    ],
+)
+def test_numbers_out_of_range_are_code_2(
+    net: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", net, "--out", str(tmp_path / "o"), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_and_a_selection_exclude_each_other(run: Run, net: str, done: Path, tmp_path: Path) -> None:
+    options = ["--out", tmp_path / "o", "--plan", done / "plan.json", "--layers", "1", "--size", "2"]
+    fails_with(run("compress", net, *SIZE, *options), 2, "--plan decides instead of --layers, --size")
+
+
+def test_a_model_named_twice_is_refused(run: Run, net: str) -> None:
+    fails_with(run("measure", net, net, *SIZE), 2, "is named more than once")

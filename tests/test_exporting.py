@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from fxbasis.errors import ExportError, InputError
+from fxbasis.errors import ExportError, FxBasisWarning, InputError
 from fxbasis.export import exporters
 from fxbasis.export.exporting import ONNX_TOLERANCE, export_onnx, frozen_copy
 from fxbasis.running import tensors_of
@@ -460,3 +460,12 @@ def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         export_onnx(nn.Conv2d(4, 8, 1), image(), tmp_path / "m.onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_branch_that_tracing_froze_is_told(tmp_path: Path) -> None:
+    class Frozen(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 0 if float(x.abs().max()) > 100 else self.body(x)
+
+    with pytest.warns(FxBasisWarning, match=r"tracing froze what Python computed .*test_exporting.py:\d+"):
+        assert export_onnx(Frozen(), image(), tmp_path / "m.onnx").exporter == "torchscript"
