@@ -24,9 +24,9 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..errors import ExportError, FxBasisWarning, InputError
+from ..progress import progress
 from ..running import ExampleInputs, as_arguments, batch_size, describe, run, seeded, tensors_of
 from .checking import bytes_of, feed, frozen_copy, named_inputs, named_tensors, open_session
 from .exporting import export_onnx
@@ -207,7 +207,7 @@ def _interleaved(calls: Sequence[Callable[[], Any]], runs: int) -> list[list[flo
     samples: list[list[float]] = [[] for _ in calls]
     for call in [*calls] * WARM_UP:
         call()
-    for turn in tqdm(range(runs), desc="measuring", unit="round", delay=2, leave=False):
+    for turn in progress(range(runs), "measuring"):
         for index in _order(len(calls), turn):
             start = time.perf_counter_ns()
             calls[index]()

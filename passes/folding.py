@@ -28,7 +28,7 @@ class FoldPass(FxPass):
         forms = {
             name: layer for name, layer in conv_layers(graph_module).items() if isinstance(layer, BasisConv2d)
         }
-        names = {name: {name, *names_of(graph_module, _holder(graph_module, name))} for name in forms}
+        names = {name: {name, *names_of(graph_module, graph_module.get_submodule(name))} for name in forms}
         pairs = [pair for name in forms for pair in _pairs(graph_module, names[name], forms[name])]
         fold_modules(graph_module)
         for basis, composition in pairs:
@@ -36,16 +36,14 @@ class FoldPass(FxPass):
         return len(forms)
 
 
-def fold_modules(model: nn.Module) -> tuple[nn.Module, int]:
-    """Exchange every form in the module tree for its folded Conv2d in place; the model, and how many."""
-    folded = 0
+def fold_modules(model: nn.Module) -> nn.Module:
+    """Exchange every form in the module tree for its folded Conv2d in place; returns the model."""
     for name, layer in conv_layers(model).items():
         if isinstance(layer, BasisConv2d):
-            model = exchange(model, _holder(model, name), layer.to_conv2d())
-            folded += 1
+            model = exchange(model, model.get_submodule(name), layer.to_conv2d())
         elif hasattr(layer, LAYER):
             delattr(layer, LAYER)
-    return model, folded
+    return model
 
 
 def fold(model: Model) -> Model:
@@ -70,12 +68,7 @@ def fold(model: Model) -> Model:
     if isinstance(copied, fx.GraphModule):
         FoldPass()(copied)
         return copied
-    return cast(Model, fold_modules(copied)[0])
-
-
-def _holder(model: nn.Module, name: str) -> nn.Module:
-    """The module that stands at ``name``: the form, or what a copy made of its class."""
-    return model.get_submodule(name)
+    return cast(Model, fold_modules(copied))
 
 
 def _pairs(graph_module: fx.GraphModule, names: set[str], form: BasisConv2d) -> list[tuple[fx.Node, fx.Node]]:
