@@ -21,7 +21,10 @@ LAYERS = {
     0: ["errors", "tables", "progress", "files", "costs", "paper", "running", "comparing", "bases"],
     1: ["recipe", "forms", "passes.base"],
     2: [
+        "passes.graphs",
         "passes.capturing",
+        "passes.trials",
+        "passes.parts",
         "passes.tracing",
         "passes.numbering",
         "passes.selection",
