@@ -67,7 +67,8 @@ def parts_of(traced: nn.Module) -> tuple[Part, ...]:
 
     In the order of definition; of a model that is one graph, itself alone (its name is empty).
 
-    >>> parts_of(trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())))
+    >>> import torch
+    >>> parts_of(trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8)))
     (Part(name='', graph=True, reason='', given=('input',)),)
     """
     found: tuple[Part, ...] = getattr(traced, PARTS, ())

@@ -39,7 +39,7 @@ LAYERS = {
         "export.measuring",
         "export",
     ],
-    3: ["proving", "compression", "saving"],
+    3: ["proving", "compression", "saving", "diagnosis"],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "cli", "__main__"],
 }
