@@ -18,7 +18,8 @@ import torch
 from conftest import TOLERANCES
 from hypothesis import given
 from hypothesis import strategies as st
-from random_nets import Net, Result, nets
+from random_modules import Result
+from random_nets import Net, nets
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
