@@ -28,7 +28,7 @@ from fxbasis import FxBasisWarning, compress, fold, load, number_convs, plan_of,
 from fxbasis.bases import METHODS, decompose
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.numbering import conv_layers
-from fxbasis.running import buffers_kept, in_mode
+from fxbasis.running import Snapshot, in_mode
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning"),
@@ -44,13 +44,17 @@ def outcome(model: nn.Module, inputs: Any, training: bool = False) -> Any:
     inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), in_mode(model, training), buffers_kept(model):
+    before = Snapshot(model)
+    with torch.no_grad(), in_mode(model, training):
         torch.manual_seed(0)
         try:
             output = model(*args, **kwargs)
         except (RuntimeError, ValueError):  # BatchNorm on one value, padding wider than the image
             return None
-        return output, {name: buffer.clone() for name, buffer in model.named_buffers()}
+        else:
+            return output, {name: buffer.clone() for name, buffer in model.named_buffers()}
+        finally:
+            before.restore()
 
 
 def behaviour(net: Net, model: nn.Module) -> list[Any]:
