@@ -1,8 +1,8 @@
 """The runs on which a traced module is proven.
 
-The example inputs, then another batch size and another image size, each in eval() and in train(); of these,
-what the original accepts. One sample more, and images of other, unequal sides, at once where the model takes
-that, otherwise one after the other.
+The example inputs in eval(), then another batch size and another image size in eval() and in train(): of
+these, what the original accepts, and the example in train() where it accepts no other. One sample more, and
+images of other, unequal sides, at once where the model takes that, otherwise one after the other.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def run_trials(
         InputError: when the model fails on the example inputs in eval().
     """
     found = {"the example in eval()": _attempt(model, example_inputs, training=False)}
-    trained = _accepted(model, example_inputs, training=True)
-    found |= {} if trained is None else {"the example in train()": trained}
     together, apart = (("", []), []) if example_only else _variants(example_inputs)
-    more = _first_accepted(model, *together)
-    for variant in apart if not more else ():
-        more |= _first_accepted(model, *variant)
-    return found | more
+    found |= _first_accepted(model, *together)
+    for what, alternatives in apart if len(found) == 1 else ():
+        found |= _first_accepted(model, what, alternatives)
+    if not any("train()" in what for what in found):  # the cheapest run in train() is enough
+        found["the example in train()"] = _accepted(model, example_inputs, training=True)
+    return {what: outcome for what, outcome in found.items() if outcome is not None}
 
 
 def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInputs]) -> dict[str, Any]:
     """The runs in both modes on the first inputs that the model accepts in eval()."""
     for inputs in alternatives:
-        found = {f"{what} in eval()": _accepted(model, inputs, training=False)}
-        if found[f"{what} in eval()"] is not None:
-            found[f"{what} in train()"] = _accepted(model, inputs, training=True)
-            return {key: value for key, value in found.items() if value is not None}
+        evaluated = _accepted(model, inputs, training=False)
+        if evaluated is not None:
+            trained = _accepted(model, inputs, training=True)
+            return {f"{what} in eval()": evaluated, f"{what} in train()": trained}
     return {}
 
 
