@@ -254,16 +254,19 @@ def definition_of(module: nn.Module) -> str:
 
 
 def _check_same(graph: fx.Graph, other: fx.Graph) -> None:
-    """Refuse graphs that differ, naming the first submodule whose own nodes do."""
-    reason = "train() and eval() take different ways"
+    """Refuse graphs that differ, naming the submodule in whose own forward they part."""
+    reason = "train() and eval() take different ways, first at"
     one, two = _by_owner(graph), _by_owner(other)
-    for place in sorted({*one, *two}, reverse=True):  # the traced module itself, "", last
-        for a, b in zip_longest(one.get(place, ()), two.get(place, ())):
+    for place in sorted({*one} & {*two}, reverse=True):  # the traced module itself, "", last
+        for a, b in zip_longest(one[place], two[place]):
             if a is None or b is None or (a.op, a.target) != (b.op, b.target):
-                raise ObstacleError(f"{reason}, first at {(a or b).name!r}", place)
+                raise ObstacleError(f"{reason} {(a or b).name!r}", place)
+    for place in sorted({*one} ^ {*two}):
+        node = (one.get(place) or two[place])[0]
+        raise ObstacleError(f"{reason} {node.name!r}", _caller(node, _entered(graph) & _entered(other)))
     for a, b in zip(graph.nodes, other.nodes, strict=True):
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
-            raise ObstacleError(f"{reason}, first at {a.name!r}", _owner(a))
+            raise ObstacleError(f"{reason} {a.name!r}", _owner(a))
 
 
 def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -275,10 +278,24 @@ def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
 
 def _owner(node: fx.Node) -> str:
     """The submodule whose forward made the node; empty for the traced module itself."""
-    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    stack = _stack(node)
     if node.op == "call_module" and stack and stack[-1] == node.target:
         stack.pop()
     return stack[-1] if stack else ""
+
+
+def _stack(node: fx.Node) -> list[str]:
+    return [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+
+
+def _entered(graph: fx.Graph) -> set[str]:
+    """Every submodule whose forward ran."""
+    return {path for node in graph.nodes for path in _stack(node)}
+
+
+def _caller(node: fx.Node, entered: set[str]) -> str:
+    """The innermost module around a node that both graphs entered: it called what the other did not."""
+    return next((path for path in reversed(_stack(node)) if path in entered), "")
 
 
 def _check_constants(graph: fx.Graph, root: nn.Module, other: nn.Module) -> None:

@@ -31,7 +31,7 @@ def run_trials(
     Raises:
         InputError: when the model fails on the example inputs in eval().
     """
-    found = {"the example in eval()": _attempt(model, example_inputs, training=False)}
+    found: dict[str, Any] = {"the example in eval()": _attempt(model, example_inputs, training=False)}
     together, apart = (("", []), []) if example_only else _variants(example_inputs)
     found |= _first_accepted(model, *together)
     for what, alternatives in apart if len(found) == 1 else ():
