@@ -27,7 +27,7 @@ from ..running import ExampleInputs, copy_model
 from ..tables import aligned
 from .base import CONV_NUMBER, FxPass, call_sites
 from .tracing import refuse_lazy
-from .watching import FunctionalConv, Seen, watched_run
+from .watching import FunctionalConv, Seen, readers_in, watched_run
 
 __all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs"]
 
@@ -183,7 +183,7 @@ def number_convs(
     layers = conv_layers(model)
     seen = Seen({}, (), {}) if example_inputs is None else _seen(model, example_inputs)
     calls = None if example_inputs is None else seen.calls
-    readers = seen.readers | _readers(model)
+    readers = seen.readers | readers_in(model, layers)
     records = []
     for index, (name, layer) in enumerate(layers.items(), 1):
         obstacle, effective = _obstacle(layer, effective_weights)
@@ -194,27 +194,6 @@ def number_convs(
 def _seen(model: nn.Module, example_inputs: ExampleInputs) -> Seen:
     copied = copy_model(model, share_parameters=True)
     return watched_run(copied, conv_layers(copied), example_inputs)
-
-
-def _readers(model: nn.Module) -> dict[str, str]:
-    """For each layer whose weight or bias something else uses too: what that is."""
-    layers = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, nn.Conv2d)}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{key}".lstrip("."))
-    read: dict[str, str] = {}
-    for name, layer in layers.items():
-        for parameter in layer._parameters.values():
-            others = [owner for owner in owners.get(id(parameter), ()) if owner.rpartition(".")[0] != name]
-            if others:
-                read[name] = f"its parameter is also {others[0]}"
-    for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
-        owner, _, key = str(node.target).rpartition(".")
-        if owner in layers:
-            read[owner] = f"its {key} is also read by node {next(iter(node.users), node).name}"
-    return read
 
 
 def _record(

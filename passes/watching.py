@@ -22,7 +22,7 @@ from ..forms import BasisConv2d
 from ..kernels import weight_hooks
 from ..running import ExampleInputs, run, tensors_of
 
-__all__ = ["FunctionalConv", "Seen", "watched_run"]
+__all__ = ["FunctionalConv", "Seen", "readers_in", "watched_run"]
 
 REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
@@ -84,6 +84,27 @@ def watched_run(
     order = {name: first_calls.index(name) + 1 for name in calls}
     found = {name: [(order[name], size) for _, size in made] for name, made in calls.items()}
     return Seen(found, watch.functional(), watch.readers)
+
+
+def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, str]:
+    """Without a run: for each layer whose weight or bias another module or node uses too, what that is."""
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{key}".lstrip("."))
+    read: dict[str, str] = {}
+    for name, layer in layers.items():
+        for parameter in layer._parameters.values():
+            others = [owner for owner in owners.get(id(parameter), ()) if owner.rpartition(".")[0] != name]
+            if others:
+                read[name] = f"its parameter is also {others[0]}"
+    for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
+        owner, _, key = str(node.target).rpartition(".")
+        if owner in layers:
+            read[owner] = f"its {key} is also read by node {next(iter(node.users), node).name}"
+    return read
 
 
 def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, list[tuple[int, torch.Size]]]:
