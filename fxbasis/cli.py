@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def _layers(options: argparse.Namespace) -> _Result:
     text = (
         f"{table}\n\n{len(table)} convolutions, {total:,} MACs (FLOPs = 2 x MACs) for input {options.input}"
     )
-    return _Result(text, table.to_dict())
+    return _Result(text, table.to_dict() | {"functional": [asdict(conv) for conv in table.functional]})
 
 
 def _doctor(options: argparse.Namespace) -> _Result:
@@ -195,7 +196,13 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--form", help='structure of the subgraph: "output", the only one so far')
     parser.add_argument("--method", help="svd (default), eigen, qr or qr-unpivoted")
-    parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of the four above")
+    parser.add_argument(
+        "--effective-weights",
+        action="store_true",
+        default=None,
+        help="compress classes that standardise their weight by the kernel they compute, too",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of those above")
     _add_timing(parser)
 
 
@@ -206,12 +213,12 @@ def _compress(options: argparse.Namespace) -> _Result:
     from .reporting import report
 
     check_folder(Path(options.out))
-    chosen = {key: getattr(options, key) for key in ("layers", "size", "form", "method")}
+    names = ("layers", "size", "form", "method", "effective_weights")
+    chosen = {key: getattr(options, key) for key in names}
     given = {key: value for key, value in chosen.items() if value is not None}
     if options.plan and given:
-        raise UsageError(
-            f"--plan decides instead of {', '.join('--' + key for key in given)}; give one of them"
-        )
+        flags = ", ".join("--" + key.replace("_", "-") for key in given)
+        raise UsageError(f"--plan decides instead of {flags}; give one of them")
     if "size" in given:
         given["size"] = _number(given["size"])
     example = parse_input(options.input)

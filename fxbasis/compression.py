@@ -30,6 +30,7 @@ def compress(
     form: str = "output",
     method: str = "svd",
     plan: Plan | str | Path | None = None,
+    effective_weights: bool = False,
 ) -> nn.Module:
     """A compressed copy: each selected ``name`` becomes ``name.basis`` and ``name.composition``.
 
@@ -45,7 +46,10 @@ def compress(
             out_channels, at least one for each group and capped at the largest useful rank.
         form: ``"output"``, basis convolution and 1x1 composition of its output.
         method: ``"svd"``, ``"eigen"``, ``"qr"`` (a subset of filters) or ``"qr-unpivoted"``.
-        plan: a plan, or the file of one, that decides instead of layers, size, form and method.
+        plan: a plan, or the file of one, that decides instead of all the others.
+        effective_weights: compress classes that compute their kernel from the stored weight in a forward of
+            their own (weight standardisation) by that kernel; fold gives plain Conv2d for them. Otherwise
+            they are left alone.
 
     Returns:
         A ``torch.fx.GraphModule`` where the model can be traced as a whole, otherwise a module tree of the
@@ -69,7 +73,7 @@ def compress(
         )
     traced = trace(model, example_inputs)
     if plan is None:
-        table = number_convs(traced, example_inputs)
+        table = number_convs(traced, example_inputs, effective_weights=effective_weights)
         plan = select(table, layers, size=size, form=form, method=method)
     elif isinstance(plan, (str, Path)):
         plan = Plan.from_json(plan)
@@ -97,7 +101,7 @@ def plan_of(model: nn.Module) -> Plan:
 def _say(traced: nn.Module, plan: Plan) -> None:
     convs: Any = check_plan(traced, plan)
     for layer in plan.compressed:
-        note = effective_weight_note(convs[layer.name])
+        note = effective_weight_note(convs[layer.name], layer)
         if note:
             warnings.warn(f"{layer}: {note}", FxBasisWarning, stacklevel=3)
     if not plan.compressed:

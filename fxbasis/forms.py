@@ -5,7 +5,8 @@ padding, padding mode, dilation and groups of the original, without bias, then a
 same groups and the original's bias. Folding multiplies the two weights, group by group, in float64: the
 same function exactly, for every option, since padding acts on the input alone.
 
-The factors are plain ``nn.Conv2d``; what was done stands on the composition (``fxbasis_layer``), so
+The factors are plain ``nn.Conv2d``, but for the basis of a class that prepares its input (see ``kernels``),
+which has that class, to do the same. What was done stands on the composition (``fxbasis_layer``), so
 that it survives deepcopy, pickle and rebuilding of a GraphModule, which keep leaf modules only.
 """
 
@@ -15,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from .bases import Factors
 from .errors import VerificationError
+from .kernels import bare_conv, conv_like, kernel_of, weight_hooks
 from .recipe import LayerPlan
-from .running import in_mode
 
-__all__ = ["LAYER", "BasisConv2d", "as_form", "effective_weight", "layer_plan"]
+__all__ = ["LAYER", "BasisConv2d", "as_form", "layer_plan"]
 
 LAYER = "fxbasis_layer"
 
@@ -43,9 +43,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register the forward and backward hooks of ``source`` on ``target`` too."""
+    """Register the forward and backward hooks of ``source`` on ``target`` too, without weight hooks."""
+    made = weight_hooks(source)
     for name in _HOOKS:
-        getattr(target, name).update(getattr(source, name))
+        hooks = getattr(source, name).items()
+        getattr(target, name).update({key: hook for key, hook in hooks if key not in made})
     target._is_full_backward_hook = source._is_full_backward_hook
 
 
@@ -54,12 +56,6 @@ def carry_attributes(source: nn.Module, target: nn.Module) -> None:
     for key, value in vars(source).items():
         if key != LAYER and key not in vars(target) and not hasattr(type(target), key):
             vars(target)[key] = value
-
-
-def effective_weight(conv: nn.Conv2d) -> Tensor:
-    """The weight that eval() uses; in train() a parametrization may change it at every look."""
-    with torch.no_grad(), in_mode(conv, training=False):
-        return conv.weight
 
 
 class BasisConv2d(nn.Module):
@@ -97,65 +93,45 @@ class BasisConv2d(nn.Module):
     @classmethod
     def empty_like(cls, conv: nn.Conv2d, plan: LayerPlan) -> BasisConv2d:
         """The structure for ``plan`` with uninitialised factors; dtype, device, mode, hooks of ``conv``."""
-        weight = effective_weight(conv)
-        options: dict[str, Any] = {"groups": conv.groups, "device": weight.device, "dtype": weight.dtype}
-        basis = _bare_conv(
-            conv.in_channels,
-            plan.rank,
-            conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            padding_mode=conv.padding_mode,
-            bias=False,
-            **options,
-        )
-        composition = _bare_conv(plan.rank, conv.out_channels, 1, bias=conv.bias is not None, **options)
+        kernel = kernel_of(conv).conv
+        basis = conv_like(kernel, plan.rank, bias=False)
+        vars(basis).pop(LAYER, None)
+        composition = _composition(kernel, plan.rank)
         setattr(composition, LAYER, plan)
         form = cls(basis, composition).train(conv.training)
         carry_hooks(conv, form)
         carry_attributes(conv, form)
-        form._take_options(conv, _layout(weight))
+        form._take_options(conv, _layout(kernel.weight))
         return form
 
     def _take_options(self, conv: nn.Conv2d, layout: torch.memory_format) -> None:
-        trained = any(part.requires_grad for name, part in conv.named_parameters() if "weight" in name)
+        trained = {kind: _trained(conv, kind) for kind in ("weight", "bias")}
         for factor in (self.basis, self.composition):
             factor.weight.data = factor.weight.data.to(memory_format=layout)
-            factor.weight.requires_grad_(trained)
-        if conv.bias is not None and self.composition.bias is not None:
-            self.composition.bias.requires_grad_(conv.bias.requires_grad)
+            factor.weight.requires_grad_(trained["weight"])
+        if self.composition.bias is not None:
+            self.composition.bias.requires_grad_(trained["bias"])
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, plan: LayerPlan, factors: Factors) -> BasisConv2d:
         """The form of ``conv`` with the given factors, rounded once to the layer's dtype."""
-        form = cls.empty_like(conv, plan)
+        form, bias = cls.empty_like(conv, plan), kernel_of(conv).conv.bias
         with torch.no_grad():
             form.basis.weight.copy_(factors.basis.reshape(form.basis.weight.shape))
             form.composition.weight.copy_(factors.composition.reshape(form.composition.weight.shape))
-            if conv.bias is not None and form.composition.bias is not None:
-                form.composition.bias.copy_(conv.bias)
+            if bias is not None and form.composition.bias is not None:
+                form.composition.bias.copy_(bias)
         return form
 
     def to_conv2d(self) -> nn.Conv2d:
-        """One Conv2d with the same function, checked on a random patch; hooks and modes carried over.
+        """One Conv2d, of the class of the basis, with the same function, checked on a random patch.
+
+        Hooks and modes are carried over.
 
         Raises:
             VerificationError: when the two differ by more than rounding of the layer's dtype.
         """
-        conv = _bare_conv(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=self.bias is not None,
-            padding_mode=self.padding_mode,
-            device=self.basis.weight.device,
-            dtype=self.basis.weight.dtype,
-        )
+        conv = conv_like(self.basis, self.out_channels, bias=self.bias is not None)
         with torch.no_grad():
             conv.weight.data = self.weight.to(memory_format=_layout(self.basis.weight))
             if conv.bias is not None and self.bias is not None:
@@ -248,10 +224,15 @@ def layer_plan(module: nn.Module) -> LayerPlan | None:
     return plan
 
 
-def _bare_conv(*args: Any, **options: Any) -> nn.Conv2d:
-    """A Conv2d with uninitialised weights, made without touching the random state."""
-    conv: nn.Conv2d = skip_init(nn.Conv2d, *args, **options)  # type: ignore[no-untyped-call]
-    return conv
+def _composition(kernel: nn.Conv2d, rank: int) -> nn.Conv2d:
+    """The 1x1 convolution from ``rank`` channels to those of the kernel, with its groups, uninitialised."""
+    options = {"groups": kernel.groups, "bias": kernel.bias is not None}
+    return bare_conv(rank, kernel.out_channels, 1, kernel.weight, **options)
+
+
+def _trained(conv: nn.Conv2d, kind: str) -> bool:
+    """Whether any parameter that makes its weight, or its bias, has gradients."""
+    return any(part.requires_grad for name, part in conv.named_parameters() if kind in name)
 
 
 def _layout(weight: Tensor) -> torch.memory_format:

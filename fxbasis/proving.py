@@ -5,12 +5,14 @@ hundreds, and a detector sorts its boxes another way. So the reference (the orig
 convolution exchanged for the folded one) runs first; then the compressed model runs with each form's
 output compared on the spot with the folded convolution on the same input, and replaced by it. So each layer
 is proven at the tolerance of its dtype, free of what other layers add, and the outputs of the two models,
-which now see the same numbers everywhere, must be equal: that proves the wiring.
+which now see the same numbers everywhere, must be equal: that proves the wiring. A convolution whose weight
+comes from hooks, parametrizations or its class is also compared with the kernel that was taken from it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from .comparing import Difference, check_equal
 from .errors import VerificationError
 from .forms import BasisConv2d
+from .kernels import kernel_of, makers_of, original_forward
 from .passes.numbering import conv_layers
 from .running import ExampleInputs, copy_model, run
 
@@ -39,15 +42,16 @@ def rewrite_difference(
     """
     reference: nn.Module = copy_model(original, share_parameters=True)
     checked = copy_model(compressed, share_parameters=True)
-    dense, found = conv_layers(reference), [Difference(0.0, 0.0)]
+    dense: dict[str, Any] = dict(conv_layers(reference))
+    found = [Difference(0.0, 0.0)]
     calls: Counter[str] = Counter()
     for name, form in conv_layers(checked).items():
         if isinstance(form, BasisConv2d):
             folded = _reconstructed(dense[name], form)
-            dense[name].__class__, dense[name].__dict__ = nn.Conv2d, folded.__dict__  # wherever it is held
+            _watch(form, folded, found, _kernel_check(dense[name], form))
+            dense[name].__class__, dense[name].__dict__ = type(folded), folded.__dict__  # wherever it is held
             dense[name].register_forward_hook(lambda *_, key=str(form.plan): calls.update([key]))
             form.composition.register_forward_hook(lambda *_, key=str(form.plan): calls.subtract([key]))
-            _watch(form, folded, found)
     expected, actual = run(reference, example_inputs), run(checked, example_inputs)
     lost = [name for name, count in calls.items() if count]
     if lost:
@@ -60,17 +64,28 @@ def rewrite_difference(
     return Difference(max(d.absolute for d in found), max(d.relative for d in found))
 
 
-def _reconstructed(conv: nn.Conv2d | BasisConv2d, form: BasisConv2d) -> nn.Conv2d:
-    """The folded weight in the convolution itself: the options and the bias are not the form's word."""
-    folded = form.to_conv2d()
+def _reconstructed(conv: nn.Conv2d, form: BasisConv2d) -> nn.Conv2d:
+    """The folded weight in the convolution's kernel: class, options and bias are not the form's word."""
+    folded, kernel = form.to_conv2d(), kernel_of(conv).conv
+    folded.__class__ = type(kernel)
     for option in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
-        setattr(folded, option, getattr(conv, option))
-    if "bias" in conv._parameters:
-        folded.bias = conv.bias
+        setattr(folded, option, getattr(kernel, option))
+    folded.bias = kernel.bias
     return folded
 
 
-def _watch(form: BasisConv2d, folded: nn.Conv2d, found: list[Difference]) -> None:
+def _kernel_check(conv: nn.Conv2d, form: BasisConv2d) -> Callable[[Tensor], object]:
+    """Compare what the convolution computes by itself with its kernel, where these are not the same code."""
+    kernel = kernel_of(conv).conv
+    if type(conv) is nn.Conv2d and not makers_of(conv):
+        return lambda input: None
+    itself, what = original_forward(conv), f"{form.plan} by itself against its effective kernel"
+    return lambda input: check_equal(itself(input), kernel.forward(input), what, "leave it out of layers=")
+
+
+def _watch(
+    form: BasisConv2d, folded: nn.Conv2d, found: list[Difference], check: Callable[[Tensor], object]
+) -> None:
     """Compare each output of the form with that of the folded convolution, and replace it."""
     inputs: list[Tensor] = []
 
@@ -78,7 +93,9 @@ def _watch(form: BasisConv2d, folded: nn.Conv2d, found: list[Difference]) -> Non
         inputs.append(args[0] if args else kwargs["input"])
 
     def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        expected: Tensor = folded._conv_forward(inputs.pop(), folded.weight, folded.bias)
+        input = inputs.pop()
+        check(input)
+        expected: Tensor = folded.forward(input)
         what, remedy = f"{form.plan} against its fold", "leave it out of layers="
         found.append(check_equal(expected, output, what, remedy))
         return expected

@@ -36,6 +36,7 @@ class LayerPlan:
         method: how the basis was found; empty when dense.
         rank: number of basis convolutions over all groups; 0 when dense.
         reason: why it is left dense, or a remark.
+        effective: rewritten is not the stored weight, but the kernel that its own class makes of it.
     """
 
     number: int
@@ -48,6 +49,7 @@ class LayerPlan:
     method: str = ""
     rank: int = 0
     reason: str = ""
+    effective: bool = False
 
     @property
     def shape(self) -> ConvShape:
@@ -142,11 +144,14 @@ _TYPES: dict[str, type] = {
     "method": str,
     "rank": int,
     "reason": str,
+    "effective": bool,
 }
 
 
 def _layer(entry: Any, position: int, source: str) -> LayerPlan:
     where = f"{source}, layer entry {position + 1}"
+    if isinstance(entry, dict):
+        entry = {"effective": False} | entry  # plans from before this field
     if not isinstance(entry, dict) or set(entry) != {field.name for field in fields(LayerPlan)}:
         raise PlanError(f"{where} does not have the keys of a layer; make the plan again")
     for key, kind in _TYPES.items():

@@ -153,18 +153,23 @@ def batch_size(example_inputs: ExampleInputs) -> int:
 def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     """A deep copy; with ``share_parameters`` only structure and buffers are copied.
 
+    Computed tensors that modules hold (the weight that old-style weight_norm or pruning made, a cached
+    output), which deepcopy refuses, are copied without their history.
+
     Raises:
-        TraceError: when the model cannot be copied, as with old-style weight_norm and pruning.
+        TraceError: when something that the model holds cannot be copied.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    held = tensors_of([list(vars(module).values()) for module in model.modules()])
+    memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} cannot be deep-copied ({error}); old-style weight_norm and pruning "
-            "cause this: call torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove first"
+            f"{type(model).__name__} cannot be deep-copied ({error}); take what cannot be copied "
+            "(a generator, a lock, an open file) off the model first"
         ) from error
 
 

@@ -3,6 +3,7 @@
 Each distinct Conv2d module has one number, whether or not it runs and however many names it has; a
 rewritten layer keeps the number of the convolution that it stands for. Sizes, MACs, the order and the
 number of calls come from one run on a copy, so that the model, its statistics and the RNG stay untouched.
+Convolutions that are no module (``F.conv2d`` in the code) have no number; the table lists them apart.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from torch.nn.utils import parametrize
 
 from ..costs import ConvShape, dense_macs, dense_params, output_form_macs, output_form_params
 from ..files import write_whole
-from ..forms import BasisConv2d, as_form, effective_weight, layer_plan
-from ..running import ExampleInputs, copy_model, run
+from ..forms import BasisConv2d, as_form, layer_plan
+from ..kernels import KernelError, held_besides, kernel_of, weight_hooks
+from ..running import ExampleInputs, copy_model
 from ..tables import aligned
 from .base import CONV_NUMBER, FxPass, call_sites
 from .tracing import refuse_lazy
+from .watching import FunctionalConv, Seen, readers_in, watched_run
 
 __all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs"]
 
@@ -45,6 +48,7 @@ class ConvRecord:
         macs: multiply-adds of all calls for the example inputs, batch included; None without inputs.
         params: weights and biases. order: position of its first call, from 1. calls: how many calls.
         status: ``ok``, ``no gain at any rank``, ``unsupported`` or ``compressed``; reason: why.
+        effective: its own class computes its kernel from the stored weight (weight standardisation).
     """
 
     index: int
@@ -64,6 +68,7 @@ class ConvRecord:
     calls: int | None
     status: str
     reason: str
+    effective: bool = False
 
     @property
     def shape(self) -> ConvShape:
@@ -76,10 +81,15 @@ class ConvRecord:
 
 
 class ConvTable(Sequence[ConvRecord]):
-    """The records of one model, by position: ``table[0]`` is convolution number 1. Prints as a table."""
+    """The records of one model, by position: ``table[0]`` is convolution number 1. Prints as a table.
 
-    def __init__(self, records: Sequence[ConvRecord]) -> None:
+    Attributes:
+        functional: convolutions that no module makes, when inputs were given; they have no number.
+    """
+
+    def __init__(self, records: Sequence[ConvRecord], functional: Sequence[FunctionalConv] = ()) -> None:
         self._records = tuple(records)
+        self.functional = tuple(functional)
 
     @overload
     def __getitem__(self, index: int) -> ConvRecord: ...
@@ -97,7 +107,8 @@ class ConvTable(Sequence[ConvRecord]):
     def __str__(self) -> str:
         headers: tuple[str, ...] = ("#", "name", "in", "out", "kernel", "stride", "groups", "output")
         headers += ("calls", "MACs", "params", "status")
-        return aligned([_row(record) for record in self], headers, left=("name", "status"))
+        table = aligned([_row(record) for record in self], headers, left=("name", "status"))
+        return "\n".join([table, *map(str, self.functional)])
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Columns by name, each a list of one plain value for each convolution."""
@@ -149,13 +160,16 @@ def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
     return layers
 
 
-def number_convs(model: nn.Module, example_inputs: ExampleInputs | None = None) -> ConvTable:
+def number_convs(
+    model: nn.Module, example_inputs: ExampleInputs | None = None, *, effective_weights: bool = False
+) -> ConvTable:
     """Number the convolutions of a model, with sizes and MACs when inputs are given.
 
     Args:
         model: any nn.Module, traced or not, compressed or not; it is not touched.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; MACs count the whole
             batch.
+        effective_weights: take classes that compute their kernel from the stored weight for supported.
 
     Raises:
         LayerError: when a lazy convolution has no weight yet.
@@ -167,57 +181,19 @@ def number_convs(model: nn.Module, example_inputs: ExampleInputs | None = None) 
     """
     refuse_lazy(model)
     layers = conv_layers(model)
-    calls = None if example_inputs is None else _calls(model, example_inputs)
-    readers = _readers(model)
-    return ConvTable(
-        [
-            _record(index, name, layer, calls, readers.get(name, ""))
-            for index, (name, layer) in enumerate(layers.items(), 1)
-        ]
-    )
+    seen = Seen({}, (), {}) if example_inputs is None else _seen(model, example_inputs)
+    calls = None if example_inputs is None else seen.calls
+    readers = seen.readers | readers_in(model, layers)
+    records = []
+    for index, (name, layer) in enumerate(layers.items(), 1):
+        obstacle, effective = _obstacle(layer, effective_weights)
+        records.append(_record(index, name, layer, calls, obstacle or readers.get(name, ""), effective))
+    return ConvTable(records, seen.functional)
 
 
-def _calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, list[tuple[int, torch.Size]]]:
-    """For each layer that runs: the position of each call and its output's shape."""
+def _seen(model: nn.Module, example_inputs: ExampleInputs) -> Seen:
     copied = copy_model(model, share_parameters=True)
-    found: dict[str, list[tuple[int, torch.Size]]] = {}
-    position = 0
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            nonlocal position
-            position += 1
-            found.setdefault(name, []).append((position, output.shape))
-
-        return hook
-
-    for name, layer in conv_layers(copied).items():
-        last = layer.composition if isinstance(layer, BasisConv2d) else layer
-        last.register_forward_hook(note(name))
-    run(copied, example_inputs)
-    first_calls = sorted(found, key=lambda name: found[name][0][0])
-    return {name: [(first_calls.index(name) + 1, size) for _, size in found[name]] for name in found}
-
-
-def _readers(model: nn.Module) -> dict[str, str]:
-    """For each layer whose weight or bias something else uses too: what that is."""
-    layers = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, nn.Conv2d)}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{key}".lstrip("."))
-    read: dict[str, str] = {}
-    for name, layer in layers.items():
-        for parameter in layer._parameters.values():
-            others = [owner for owner in owners.get(id(parameter), ()) if owner.rpartition(".")[0] != name]
-            if others:
-                read[name] = f"its parameter is also {others[0]}"
-    for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
-        owner, _, key = str(node.target).rpartition(".")
-        if owner in layers:
-            read[owner] = f"its {key} is also read by node {next(iter(node.users), node).name}"
-    return read
+    return watched_run(copied, conv_layers(copied), example_inputs)
 
 
 def _record(
@@ -225,14 +201,15 @@ def _record(
     name: str,
     layer: nn.Conv2d | BasisConv2d,
     calls: dict[str, list[tuple[int, torch.Size]]] | None,
-    reader: str,
+    obstacle: str,
+    effective: bool,
 ) -> ConvRecord:
     kernel, bias = (layer.kernel_size[0], layer.kernel_size[1]), layer.bias is not None
     shape = ConvShape(layer.in_channels, layer.out_channels, kernel, layer.groups, bias)
     made = [] if calls is None else calls.get(name, [])
     sizes = [(int(size[-2]), int(size[-1])) for _, size in made]
     batches = [int(size[0]) if len(size) == 4 else 1 for _, size in made]
-    status, reason = _status(layer, shape, reader, calls is not None and not made)
+    status, reason = _status(layer, shape, obstacle, calls is not None and not made)
     rank = layer.plan.rank if isinstance(layer, BasisConv2d) else None
     return ConvRecord(
         index=index,
@@ -252,6 +229,7 @@ def _record(
         calls=None if calls is None else len(made),
         status=status,
         reason=reason,
+        effective=effective,
     )
 
 
@@ -261,36 +239,41 @@ def _macs_of(shape: ConvShape, rank: int | None) -> Any:
     return lambda size, batch: output_form_macs(shape, rank, size, batch)
 
 
-def _status(layer: nn.Conv2d | BasisConv2d, shape: ConvShape, reader: str, idle: bool) -> tuple[str, str]:
+def _status(layer: nn.Conv2d | BasisConv2d, shape: ConvShape, obstacle: str, idle: bool) -> tuple[str, str]:
     if isinstance(layer, BasisConv2d):
         plan = layer.plan
         return COMPRESSED, f"{plan.form} form, {plan.method}, rank {plan.rank} of {shape.largest_rank}"
-    obstacle = _obstacle(layer) or reader or ("it is not called on these inputs" if idle else "")
-    if obstacle:
-        return UNSUPPORTED, obstacle
+    if obstacle or idle:
+        return UNSUPPORTED, obstacle or "it is not called on these inputs"
     if not shape.gains:
         return NO_GAIN, f"break-even rank {shape.break_even_rank:.1f}"
     decided = layer_plan(layer)
     return OK, f"left dense: {decided.reason}" if decided is not None else ""
 
 
-def _obstacle(conv: nn.Conv2d) -> str:
-    """Why this convolution cannot be rewritten; empty when it can."""
-    if type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
-        return f"its class {type(conv).__name__} has its own forward"
-    if "forward" in conv.__dict__:
-        return "its forward was replaced on the instance"
-    if any(hasattr(hook, "compute_weight") for hook in conv._forward_pre_hooks.values()):
-        return "an old-style weight hook makes its weight; use torch.nn.utils.parametrizations"
-    weight = conv._parameters.get("weight")
-    if weight is None and not parametrize.is_parametrized(conv, "weight"):
-        return "its weight is no parameter"
-    held = {*conv._parameters, *conv._buffers, *conv._modules} - {"weight", "bias", "parametrizations"}
-    if held:
-        return f"it holds {', '.join(sorted(held))} besides its weight and bias"
-    dtype = effective_weight(conv).dtype
-    if not dtype.is_floating_point:
-        return f"its weight is {str(dtype).removeprefix('torch.')}"
+def _obstacle(layer: nn.Conv2d | BasisConv2d, effective_weights: bool) -> tuple[str, bool]:
+    """Why it cannot be rewritten, empty when it can; and whether its kernel is not the stored weight."""
+    if isinstance(layer, BasisConv2d):
+        return "", layer.plan.effective
+    made = any(name == "weight" for _, name in weight_hooks(layer).values())
+    if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight") and not made:
+        return "its weight is no parameter", False
+    try:
+        kernel = kernel_of(layer)
+    except KernelError as error:
+        return str(error), False
+    held = held_besides(layer)
+    if held and not kernel.effective:
+        return f"it holds {', '.join(sorted(held))} besides its weight and bias", False
+    if kernel.effective and not effective_weights:
+        what = f"its class {type(layer).__name__} convolves with another weight than the stored one"
+        return f"{what}; effective_weights=True compresses that", True
+    return _obstacle_of_kernel(kernel.conv), kernel.effective
+
+
+def _obstacle_of_kernel(conv: nn.Conv2d) -> str:
+    if not conv.weight.is_floating_point():
+        return f"its weight is {str(conv.weight.dtype).removeprefix('torch.')}"
     if conv.groups > 1 and conv.groups == conv.out_channels:
         return "depthwise: a group of one filter has no smaller basis"
     return ""

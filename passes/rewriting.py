@@ -13,11 +13,11 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from ..bases import decompose
 from ..errors import LayerError, PlanError
-from ..forms import LAYER, BasisConv2d, effective_weight, has_hooks, layer_plan
+from ..forms import LAYER, BasisConv2d, has_hooks, layer_plan
+from ..kernels import KernelError, kernel_of, makers_of
 from ..progress import progress
 from ..recipe import LayerPlan, Plan
 from ..running import become
@@ -69,7 +69,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> lis
 
     Raises:
         PlanError: when the plan is for another model.
-        LayerError: when a weight is not finite or has no data.
+        LayerError: when a weight is not finite, has no data, or is not the kernel that the plan means.
     """
     convs = check_plan(model, plan)
     for layer in plan.compressed:
@@ -93,6 +93,7 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
 
     Raises:
         PlanError: naming the first layer that differs.
+        LayerError: when a layer's kernel is not the one that the plan means.
     """
     layers = conv_layers(model)
     if len(layers) != len(plan):
@@ -109,12 +110,14 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
                 f"the plan's {layer} meets conv {number} ({name}), {type(conv).__name__} of weight "
                 f"{tuple(conv.weight.shape)}; use the model that the plan was made for, uncompressed"
             )
+        if layer.compressed:
+            _check_kernel(conv, layer)
         convs[name] = conv
     return convs
 
 
 def _check_weight(conv: nn.Conv2d, layer: LayerPlan) -> None:
-    weight = effective_weight(conv)
+    weight = kernel_of(conv).conv.weight
     if weight.is_meta:
         raise LayerError(f"{layer}: its weight is on the meta device and has no data; load the weights first")
     if not bool(torch.isfinite(weight).all()):
@@ -125,20 +128,35 @@ def _check_weight(conv: nn.Conv2d, layer: LayerPlan) -> None:
         )
 
 
+def _check_kernel(conv: nn.Conv2d, layer: LayerPlan) -> None:
+    try:
+        kernel = kernel_of(conv)
+    except KernelError as error:
+        raise LayerError(f"{layer} cannot be rewritten: {error}; leave it out of layers=") from error
+    if kernel.effective != layer.effective:
+        found = "another weight than the stored one" if kernel.effective else "the stored weight"
+        raise LayerError(
+            f"{layer}: the plan has effective={layer.effective}, its class {type(conv).__name__} convolves "
+            f"with {found}; make the plan again"
+        )
+
+
 def factorise(conv: nn.Conv2d, layer: LayerPlan) -> BasisConv2d:
     """The form of one convolution, from one decomposition of its effective weight."""
-    decomposition = decompose(effective_weight(conv), conv.groups, layer.method)
+    decomposition = decompose(kernel_of(conv).conv.weight, conv.groups, layer.method)
     factors = decomposition.factors(layer.rank // conv.groups)
     return BasisConv2d.from_conv2d(conv, layer, factors)
 
 
-def effective_weight_note(conv: nn.Conv2d) -> str:
+def effective_weight_note(conv: nn.Conv2d, layer: LayerPlan) -> str:
     """A remark for a layer whose weight is computed from others; empty for a plain one."""
-    if not parametrize.is_parametrized(conv, "weight"):
-        return ""
-    parts = conv.get_submodule("parametrizations.weight").children()
-    kinds = ", ".join(type(part).__name__.lstrip("_") for part in parts)
-    return f"its parametrization ({kinds}) is replaced by the effective weight"
+    if layer.effective:
+        return (
+            f"its class {type(conv).__name__} computes its kernel from the stored weight; this effective "
+            "weight is rewritten, and fold gives a plain Conv2d with it"
+        )
+    makers = makers_of(conv)
+    return f"{makers} is replaced by the effective weight" if makers else ""
 
 
 def graphs_in(model: nn.Module) -> list[fx.GraphModule]:

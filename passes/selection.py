@@ -242,7 +242,8 @@ def _ranked(record: ConvRecord, dense: LayerPlan, strength: int, settings: _Sett
         warnings.warn(
             f"{record}: {note}; it is rewritten because it was asked for", FxBasisWarning, stacklevel=2
         )
-    return _with(dense, form=settings.form, method=settings.method, rank=rank, reason=note)
+    changes = {"form": settings.form, "method": settings.method, "rank": rank, "reason": note}
+    return _with(dense, effective=record.effective, **changes)
 
 
 def _with(layer: LayerPlan, **changes: Any) -> LayerPlan:

@@ -49,6 +49,21 @@ class Branching(Net):
         return super().forward(x) if x.shape[1] == 3 else x
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Standard(Net):
+    def __init__(self):
+        super().__init__()
+        self.body = Standardised(16, 16, 3)
+
+    def forward(self, x):
+        return F.conv2d(super().forward(x)[:, :, None, None], torch.ones(2, 32, 1, 1)).flatten(1)
+
+
 class Strings(Net):
     def forward(self, x):
         return "no tensor"
@@ -81,6 +96,7 @@ def two_lines():
     return Shouts()
 
 
+standard = Standard
 branching, strings, linear, needs = Branching, Strings, lambda: nn.Linear(8, 2), lambda size: Net()
 one = lambda: nn.Conv2d(3, 16, 3)
 """
@@ -183,6 +199,7 @@ def test_layers_as_json_and_csv(run: Run, net: str, tmp_path: Path) -> None:
     columns = json.loads(text)
     assert (columns["name"], columns["index"]) == (["stem", "body", "down"], [1, 2, 3])
     assert columns["macs"][2] == 2 * 6 * 6 * 32 * 16
+    assert columns["functional"] == []
     with (tmp_path / "t.csv").open(newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == columns["name"]
 
@@ -193,6 +210,33 @@ def test_layers_of_the_compressed_model(run: Run, net: str, done: Path) -> None:
     columns = json.loads(text)
     assert columns["status"] == ["compressed"] * 3
     assert columns["name"] == ["stem", "body", "down"]
+
+
+def test_layers_lists_functional_convolutions(run: Run, source: Path) -> None:
+    code, text, _ = run("layers", f"{source}:standard", *SIZE, "--json")
+    assert code == 0
+    columns = json.loads(text)
+    assert columns["effective"] == [False, True, False]
+    assert columns["reason"][1].endswith("effective_weights=True compresses that")
+    (conv,) = columns["functional"]
+    assert (conv["weight"], conv["macs"], conv["calls"]) == ([2, 32, 1, 1], 2 * 2 * 32, 1)
+    assert f"{source}:" in conv["source"]
+    assert "functional: not a Conv2d module" in run("layers", f"{source}:standard", *SIZE)[1]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_effective_weights(run: Run, source: Path, tmp_path: Path, asked: bool) -> None:
+    options = [f"{source}:standard", *SIZE, "--out", tmp_path / "out", "--size", "4", "--runs", "3"]
+    code, _, err = run("compress", *options, *["--effective-weights"] * asked)
+    assert code == 0
+    assert ("effective weight is rewritten" in err) == asked
+    plan = Plan.from_json(tmp_path / "out" / "plan.json")
+    assert [layer.rank for layer in plan] == [4, 4 * asked, 4]
+    assert [layer.effective for layer in plan] == [False, asked, False]
+    folded = run(
+        "fold", f"{source}:standard", *SIZE, "--compressed", tmp_path / "out", "--out", tmp_path / "f"
+    )
+    assert folded[0] == 0
 
 
 def test_layers_of_torchvision(run: Run) -> None:

@@ -203,8 +203,8 @@ STATUSES: dict[str, tuple[Any, str, str]] = {
     "depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3), "unsupported", "depthwise"),
     "one filter": (lambda: nn.Conv2d(3, 1, 3), "no gain at any rank", "break-even"),
     "complex": (lambda: nn.Conv2d(3, 8, 3, dtype=torch.complex64), "unsupported", "complex64"),
-    "own forward": (lambda: OwnForward(3, 8, 3), "unsupported", "OwnForward has its own forward"),
-    "own conv_forward": (lambda: OwnConvForward(3, 8, 3), "unsupported", "has its own forward"),
+    "pads by itself": (lambda: OwnForward(3, 16, 3), "ok", ""),
+    "own kernel": (lambda: OwnConvForward(3, 8, 3), "unsupported", "OwnConvForward convolves with another"),
     "plain subclass": (lambda: Renamed(3, 16, 3), "ok", ""),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 16, 3)),
@@ -212,7 +212,7 @@ STATUSES: dict[str, tuple[Any, str, str]] = {
         "",
     ),
     "patched": (lambda: _patched(nn.Conv2d(3, 8, 3)), "unsupported", "replaced on the instance"),
-    "spectral hook": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)), "unsupported", "old-style"),
+    "spectral hook": (lambda: nn.utils.spectral_norm(nn.Conv2d(3, 16, 3)), "ok", ""),
     "weight is a buffer": (lambda: _buffered(nn.Conv2d(3, 8, 3)), "unsupported", "no parameter"),
 }
 

@@ -79,7 +79,7 @@ class ReadsItsParts(Base):
         for child in self.children():
             if isinstance(child, Block):
                 x = child(x) * child.hidden_size + child.twice(x) / child.scale
-        x = x * self.block.weight.mean()
+        x = x * self.block.weight.shape[0]
         return self.tail(x) * len(self.tail) + self.tail[1](x)
 
 

@@ -19,13 +19,14 @@ import fxbasis
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: ["errors", "tables", "progress", "files", "costs", "paper", "running", "comparing", "bases"],
-    1: ["recipe", "forms", "passes.base"],
+    1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
         "passes.graphs",
         "passes.capturing",
         "passes.trials",
         "passes.parts",
         "passes.tracing",
+        "passes.watching",
         "passes.numbering",
         "passes.selection",
         "passes.rewriting",

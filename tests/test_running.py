@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -242,17 +244,37 @@ def test_copy_model_refuses_what_is_no_module() -> None:
         copy_model({"weight": torch.ones(1)})
 
 
-def test_copy_model_names_the_remedy_for_pruned_models() -> None:
+MAKERS: dict[str, Callable[[nn.Conv2d], Any]] = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda conv: prune.random_unstructured(conv, "weight", amount=0.5),
+    "cached": lambda conv: setattr(conv, "cache", conv.weight * 2),
+    "cached in a list": lambda conv: setattr(conv, "cache", {"seen": [conv.weight * 2]}),
+    "buffer with a history": lambda conv: conv.register_buffer("cache", conv.weight * 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("key", MAKERS)
+def test_copy_model_copies_computed_tensors_without_their_history(key: str, share: bool) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), torch.ones(1, 3, 4, 4)
+    MAKERS[key](model[0])
+    expected = model.eval()(x)
+    before = dict(vars(model[0]))
+    copied = copy_model(model, share_parameters=share)
+    assert all(value is before[name] for name, value in vars(model[0]).items())
+    assert torch.equal(copied(x), expected)
+    with torch.no_grad():
+        next(copied.parameters()).mul_(2)
+    assert torch.equal(copied(x), model(x)) == share
+
+
+def test_copy_model_says_what_cannot_be_copied() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    prune.random_unstructured(model[0], "weight", amount=0.5)
-    model(torch.ones(1, 3, 4, 4))
-    with pytest.raises(
-        TraceError,
-        match=r"Sequential cannot be deep-copied .*: call .*remove_weight_norm or .*prune.remove first",
-    ):
+    model.lock = Lock()
+    with pytest.raises(TraceError, match=r"Sequential cannot be deep-copied .*lock.*; take what cannot"):
         copy_model(model)
-    prune.remove(model[0], "weight")
-    assert torch.equal(copy_model(model)[0].weight, model[0].weight)
 
 
 def test_snapshot_gives_buffers_and_random_states_back() -> None:

@@ -1,0 +1,228 @@
+"""One run that is watched: calls of convolutions, functional convolutions, other readers of their weights.
+
+Every function of torch that runs is looked at, with the modules that are being called at that moment. So
+models that stay Python are seen as well as graphs; only ScriptModules are closed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ..forms import BasisConv2d
+from ..kernels import weight_hooks
+from ..running import ExampleInputs, run, tensors_of
+
+__all__ = ["FunctionalConv", "Seen", "readers_in", "watched_run"]
+
+REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
+_TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
+_LIKE_THE_OTHER = ("type_as", "to", "view_as", "expand_as", "reshape_as")
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionalConv:
+    """One call of ``F.conv2d`` in the code of a model; it has no number.
+
+    Attributes:
+        scope: name of the module whose code calls it; empty for the model itself.
+        weight: shape (out_channels, in_channels / groups, K_h, K_w).
+        output_size: (H, W) of its first call. macs: of all calls, batch included. calls: how many.
+        source: file and line of the call, or the node of the graph.
+        reason: why it is not compressed.
+    """
+
+    scope: str
+    weight: tuple[int, ...]
+    output_size: tuple[int, int]
+    macs: int
+    calls: int
+    source: str
+    reason: str = REMEDY
+
+    def __str__(self) -> str:
+        size, times = "x".join(map(str, self.output_size)), f"{self.calls} call{'s' * (self.calls > 1)}"
+        where = f"{self.scope or '(top level)'} ({self.source})"
+        return f"- {where}, weight {self.weight}, output {size}, {times}, {self.macs:,} MACs: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run showed: each layer's calls (position, output shape), and who else read its weight."""
+
+    calls: dict[str, list[tuple[int, torch.Size]]]
+    functional: tuple[FunctionalConv, ...]
+    readers: dict[str, str]
+
+
+def watched_run(
+    model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d], example_inputs: ExampleInputs
+) -> Seen:
+    """Run a copy, whose convolutions and forms are ``layers``; its hooks stay marked.
+
+    Raises:
+        InputError: when the model fails on the inputs.
+    """
+    watch = _Watch(model, layers)
+    calls = _note_calls(layers)
+    watch.attach(model)
+    with watch:
+        output = run(model, example_inputs)
+    for tensor in tensors_of(output):
+        watch.note_reader(tensor, "the model's output")
+    first_calls = sorted(calls, key=lambda name: calls[name][0][0])
+    order = {name: first_calls.index(name) + 1 for name in calls}
+    found = {name: [(order[name], size) for _, size in made] for name, made in calls.items()}
+    return Seen(found, watch.functional(), watch.readers)
+
+
+def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, str]:
+    """Without a run: for each layer whose weight or bias another module or node uses too, what that is."""
+    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{path}.{key}".lstrip("."))
+    read: dict[str, str] = {}
+    for name, layer in layers.items():
+        for parameter in layer._parameters.values():
+            others = [owner for owner in owners.get(id(parameter), ()) if owner.rpartition(".")[0] != name]
+            if others:
+                read[name] = f"its parameter is also {others[0]}"
+    for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
+        owner, _, key = str(node.target).rpartition(".")
+        if owner in layers:
+            read[owner] = f"its {key} is also read by node {next(iter(node.users), node).name}"
+    return read
+
+
+def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, list[tuple[int, torch.Size]]]:
+    """Fills while the model runs: for each layer the position and the output's shape of each call."""
+    found: dict[str, list[tuple[int, torch.Size]]] = {}
+    positions = Counter[str]()
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            positions["all"] += 1
+            found.setdefault(name, []).append((positions["all"], output.shape))
+
+        return hook
+
+    for name, layer in layers.items():
+        last = layer.composition if isinstance(layer, BasisConv2d) else layer
+        last.register_forward_hook(note(name))
+    return found
+
+
+class _Watch(TorchFunctionMode):
+    """Looks at every function of torch, with the stack of modules that are being called."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> None:
+        super().__init__()
+        self.convs = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+        self.owners = {id(p): name for name, conv in self.convs.items() for p in conv.parameters()}
+        self.hooked = [name for name, conv in self.convs.items() if weight_hooks(conv)]
+        self.stack: list[tuple[str, nn.Module]] = [("", model)]
+        self.readers: dict[str, str] = {}
+        self.found: dict[tuple[str, str, tuple[int, ...]], list[torch.Size]] = {}
+        self.nodes_run: Counter[str] = Counter()
+
+    def attach(self, model: nn.Module) -> None:
+        """Keep the stack: pushed before a module's own hooks, popped after them, also on an error."""
+
+        def push(name: str) -> Callable[..., None]:
+            return lambda module, args: self.stack.append((name, module))
+
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks and shows no functions
+                module.register_forward_pre_hook(push(name), prepend=True)
+                module.register_forward_hook(lambda *_: self.stack.pop() and None, always_call=True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function and note what it is."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        given = tensors_of([args, kwargs])
+        for tensor in given:
+            if self._owner(tensor) is not None and _uses_values(func, tensor is given[0], output):
+                self.note_reader(tensor)
+        if func is torch.conv2d and not isinstance(self.stack[-1][1], nn.Conv2d):
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.found.setdefault((*self._place(), tuple(weight.shape)), []).append(output.shape)
+        return output
+
+    def note_reader(self, tensor: Tensor, who: str = "") -> None:
+        """Note who reads a convolution's parameter, if it is one and its convolution is not running."""
+        name = self._owner(tensor)
+        if name is None or any(module is self.convs[name] for _, module in self.stack):
+            return
+        kind = "bias" if tensor is self.convs[name]._parameters.get("bias") else "weight"
+        who = who or f"the forward of {type(self.stack[-1][1]).__name__} ({_source()})"
+        self.readers.setdefault(name, f"its {kind} is also read by {who}")
+
+    def functional(self) -> tuple[FunctionalConv, ...]:
+        """One record for each place and shape of weight."""
+        return tuple(
+            FunctionalConv(
+                scope=scope,
+                weight=weight,
+                output_size=(int(sizes[0][-2]), int(sizes[0][-1])),
+                macs=sum(size.numel() for size in sizes) * prod(weight[1:]),
+                calls=len(sizes),
+                source=source,
+            )
+            for (scope, source, weight), sizes in self.found.items()
+        )
+
+    def _owner(self, tensor: Tensor) -> str | None:
+        """The convolution whose parameter it is, or a view of one; or whose hook made it."""
+        for part in (tensor, tensor._base):
+            if part is not None and id(part) in self.owners:
+                return self.owners[id(part)]
+        made = (name for name in self.hooked if vars(self.convs[name]).get("weight") is tensor)
+        return next(made, None)
+
+    def _place(self) -> tuple[str, str]:
+        """Scope and source of a functional convolution; in a graph, whose calls come in order, its node."""
+        scope, module = self.stack[-1]
+        nodes: list[fx.Node] = []
+        if isinstance(module, fx.GraphModule):
+            nodes = list(module.graph.find_nodes(op="call_function", target=torch.conv2d))
+        if not nodes:
+            return scope, _source()
+        node = nodes[self.nodes_run[scope] % len(nodes)]
+        self.nodes_run[scope] += 1
+        inner = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        return ".".join(part for part in (scope, *inner[-1:]) if part), f"node {node.name}"
+
+
+def _uses_values(func: Any, first: bool, output: Any) -> bool:
+    """Whether the function does more with a tensor than to look at its shape, dtype or device."""
+    name = str(getattr(func, "__name__", ""))
+    if name.endswith("_like") or name.startswith("new_") or (name in _LIKE_THE_OTHER and not first):
+        return False
+    return name in _TO_PYTHON or bool(tensors_of(output))
+
+
+def _source() -> str:
+    """File and line of the innermost Python code outside of torch and of this file."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if file == run.__code__.co_filename:
+            return "its graph"
+        if file != __file__ and not file.startswith(("<", _TORCH)):
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
