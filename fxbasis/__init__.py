@@ -8,6 +8,7 @@ The way of a model:
 """
 
 from .compression import compress, plan_of
+from .diagnosis import Diagnosis, doctor
 from .errors import (
     ExportError,
     FxBasisError,
@@ -26,7 +27,7 @@ from .export.measuring import Latency, measure
 from .passes.folding import fold
 from .passes.numbering import ConvRecord, ConvTable, number_convs
 from .passes.profiling import LayerProfile, Profile, profile
-from .passes.tracing import trace
+from .passes.tracing import Part, parts_of, trace
 from .recipe import LayerPlan, Plan
 from .reporting import Report, report
 from .saving import load, save
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConvRecord",
     "ConvTable",
+    "Diagnosis",
     "ExportError",
     "FxBasisError",
     "FxBasisWarning",
@@ -46,6 +48,7 @@ __all__ = [
     "LayerProfile",
     "MissingExtraError",
     "OnnxFile",
+    "Part",
     "Plan",
     "PlanError",
     "Profile",
@@ -55,11 +58,13 @@ __all__ = [
     "UsageError",
     "VerificationError",
     "compress",
+    "doctor",
     "export_onnx",
     "fold",
     "load",
     "measure",
     "number_convs",
+    "parts_of",
     "plan_of",
     "profile",
     "report",

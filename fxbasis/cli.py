@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fxbasis",
         description="Compress the convolutions of a CNN into basis convolutions and compositions, "
         "fold them back, export to ONNX, and measure.",
-        epilog="Start with `fxbasis demo`, or `fxbasis layers torchvision:resnet18`.",
+        epilog="Start with `fxbasis demo`, or `fxbasis doctor torchvision:resnet18`.",
     )
     parser.add_argument("--version", action="version", version=f"fxbasis {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -171,6 +171,14 @@ def _layers(options: argparse.Namespace) -> _Result:
         f"{table}\n\n{len(table)} convolutions, {total:,} MACs (FLOPs = 2 x MACs) for input {options.input}"
     )
     return _Result(text, table.to_dict())
+
+
+def _doctor(options: argparse.Namespace) -> _Result:
+    from .diagnosis import doctor
+    from .models import parse_input
+
+    found = doctor(_load(options), parse_input(options.input))
+    return _Result(str(found), found.to_dict())
 
 
 def _add_compress(parser: argparse.ArgumentParser) -> None:
@@ -357,6 +365,7 @@ def _demo(options: argparse.Namespace) -> _Result:
 
 _Verb = tuple[Callable[[argparse.Namespace], _Result], str, Callable[[argparse.ArgumentParser], None]]
 _VERBS: dict[str, _Verb] = {
+    "doctor": (_doctor, "say what can be compressed, what not and why, before any work", _add_model),
     "layers": (_layers, "number the convolutions of a model, with sizes, MACs and status", _add_layers),
     "compress": (_compress, "compress a model, check it, export it, measure it, report", _add_compress),
     "fold": (_fold, "fold a compressed model back to the original's structure", _add_fold),

@@ -6,12 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from .errors import FxBasisWarning, InputError, PlanError
 from .forms import layer_plan
 from .passes.numbering import conv_layers, number_convs
-from .passes.rewriting import RewritePass, check_plan, effective_weight_note, rewrite_modules
+from .passes.rewriting import check_plan, effective_weight_note, rewrite
 from .passes.selection import Layers, select
 from .passes.tracing import trace
 from .proving import rewrite_difference
@@ -76,18 +76,9 @@ def compress(
     elif not isinstance(plan, Plan):
         raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
     _say(traced, plan)
-    compressed = apply_plan(traced, plan)
-    rewrite_difference(model, compressed, example_inputs)
-    return compressed
-
-
-def apply_plan(model: nn.Module, plan: Plan, *, empty: bool = False) -> nn.Module:
-    """Rewrite a traced model in place, in graph and modules; a model that is one Conv2d becomes a form."""
-    if isinstance(model, fx.GraphModule):
-        RewritePass(plan, empty=empty)(model)
-        return model
-    forms = rewrite_modules(model, plan, empty=empty)
-    return forms.get("", model)
+    rewrite(traced, plan)
+    rewrite_difference(model, traced, example_inputs)
+    return traced
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import FxBasisError, InputError, TraceError
+from .errors import FxBasisError, InputError, LayerError, TraceError
 
 Model = TypeVar("Model", bound=nn.Module)
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
@@ -167,18 +167,47 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
         ) from error
 
 
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its object and its values back afterwards."""
-    kept = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
+class Snapshot:
+    """The buffers of a module, object and values, and the random states, to be brought back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = {
+            f"{path}.{name}": (module._buffers, name, buffer, buffer.clone())
+            for path, module in model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """What the buffers held, by name."""
+        return {name: values for name, (_, _, _, values) in self._buffers.items()}
+
+    def restore(self) -> None:
+        """Bring back every buffer, object and values, and the random states."""
         with torch.no_grad():
-            for buffers, name, buffer, values in kept:
+            for buffers, name, buffer, values in self._buffers.values():
                 buffers[name] = buffer.copy_(values)
+        python, numpy, cpu = self._random
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def become(old: nn.Module, new: nn.Module) -> None:
+    """Make ``old`` what ``new`` is, wherever it is held: under every name, in lists, in closures.
+
+    Raises:
+        LayerError: when its class does not allow it.
+    """
+    try:
+        old.__class__ = new.__class__
+    except TypeError as error:
+        raise LayerError(
+            f"{type(old).__name__} cannot be exchanged: {error}; leave it out of layers="
+        ) from error
+    old.__dict__ = new.__dict__

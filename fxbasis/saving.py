@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from .compression import apply_plan, plan_of
+from .compression import plan_of
 from .errors import PlanError
 from .files import made_folder, write_through, write_whole
-from .passes.rewriting import check_plan
-from .passes.tracing import GIVEN, trace_for
+from .passes.rewriting import check_plan, rewrite
+from .passes.tracing import parts_of, retrace
 from .recipe import Plan, read_json
-from .running import copy_model
 
 __all__ = ["load", "save"]
 
@@ -49,8 +49,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     with made_folder(Path(folder)) as folder:
         save_state(model, folder / WEIGHTS_FILE)
         content = plan.to_dict() | {
-            "graph": isinstance(model, fx.GraphModule),
-            "given": list(getattr(model, GIVEN, ())),
+            "graphs": {part.name: list(part.given) for part in parts_of(model) if part.graph},
             "weights_sha256": _sha256(folder / WEIGHTS_FILE),
         }
         write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
@@ -74,15 +73,18 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = Plan.from_dict(content, str(folder / PLAN_FILE))
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
     check_plan(model, plan)
-    graph, given = content.get("graph"), content.get("given", [])
-    if not isinstance(graph, bool):
-        raise PlanError(f"{folder / PLAN_FILE}: graph is {graph!r}; save the model again")
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        raise PlanError(f"{folder / PLAN_FILE}: given is {given!r}; save the model again")
-    loaded = trace_for(model, given=given) if graph else copy_model(model)
-    loaded = apply_plan(loaded, plan, empty=True)
+    loaded = retrace(model, _graphs(content.get("graphs"), folder / PLAN_FILE))
+    rewrite(loaded, plan, empty=True)
     _load_state(loaded, folder / WEIGHTS_FILE)
     return loaded
+
+
+def _graphs(found: Any, path: Path) -> dict[str, list[str]]:
+    """The submodules that were graphs, each with the arguments that it is given."""
+    sound = isinstance(found, dict) and all(isinstance(given, list) for given in found.values())
+    if not sound or not all(isinstance(name, str) for given in found.values() for name in given):
+        raise PlanError(f"{path}: graphs is {found!r}; save the model again")
+    return dict(found)
 
 
 def save_state(model: nn.Module, path: Path) -> None:

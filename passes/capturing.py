@@ -1,10 +1,26 @@
-"""Symbolic tracing that notices what fx would change in silence, and a GraphModule that keeps everything."""
+"""Symbolic tracing that notices what fx would change in silence.
+
+Symbolic tracing runs the model's Python once and keeps what it saw. Here it is run in train() and in eval(),
+on copies. A submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
+
+- fx fails (control flow on a value, ``len``, ``int``, iteration),
+- a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
+- a random number is drawn, which a graph keeps as a constant,
+- an attribute of the module is set, which a graph does not do again,
+- train() and eval() do different things.
+
+With one submodule all others of its class become leaves, so that a deep model is not traced once for each.
+When this happens in the forward of the traced module itself, there is no graph: ``ObstacleError``.
+"""
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,63 +29,47 @@ from torch import fx, nn
 
 from ..forms import has_hooks
 from ..running import copy_model, seeded
+from .graphs import ObstacleError
 
-__all__ = ["ObstacleError", "TracedModule", "graph_of_both_modes", "keep_constants"]
-
-_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
-
-
-class ObstacleError(Exception):
-    """Why a model stays Python."""
+__all__ = ["capture", "definition_of"]
 
 
-class TracedModule(fx.GraphModule):
-    """A GraphModule that keeps the whole module tree of the traced model.
+def capture(model: nn.Module, defaults: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
+    """The graph that train() and eval() share, and the copy that was traced.
 
-    A plain GraphModule keeps only what its nodes name, and containers lose their class. Here every
-    submodule, parameter, buffer, plain attribute and hook stays, in the original order, so that
-    ``state_dict`` keys and their order are the model's own. Other methods, properties and constants of the
-    model's class still answer; they run as Python on the same submodules.
+    ``defaults`` are arguments of forward with the value that they keep.
+
+    Raises:
+        ObstacleError: when the module's own forward cannot be a graph.
     """
-
-    _model_class: type[nn.Module] = nn.Module
-
-    def __init__(
-        self,
-        root: nn.Module,
-        graph: fx.Graph,
-        class_name: str = "TracedModule",
-        model_class: type[nn.Module] = nn.Module,
-    ) -> None:
-        super().__init__(root, graph, class_name)
-        type(self)._model_class = model_class  # fx gives each GraphModule a class of its own
-        for key, value in root.__dict__.items():
-            if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
-                self.__dict__[key] = value
-
-    def __getattr__(self, name: str) -> Any:
+    leaves: set[str] = set()
+    while True:
         try:
-            return super().__getattr__(name)
-        except AttributeError:
-            for owner in self._model_class.__mro__:
-                if name in vars(owner) and not owner.__module__.startswith("torch."):
-                    value = vars(owner)[name]
-                    return value.__get__(self, owner) if hasattr(value, "__get__") else value
-            raise
+            graph, root = _symbolic(model, leaves, defaults, training=False)
+            other, other_root = _symbolic(model, leaves, defaults, training=True)
+            _check_same(graph, other)
+            _check_constants(graph, root, other_root)
+            return graph, root
+        except ObstacleError as obstacle:
+            if not obstacle.place or obstacle.place in leaves:
+                raise
+            leaves.update(_alike(model, obstacle.place))
 
-    def _deepcopy_init(self) -> Any:
-        name, model_class = type(self).__name__, self._model_class
 
-        def init(copied: TracedModule, root: nn.Module, graph: fx.Graph) -> None:
-            TracedModule.__init__(copied, root, graph, name, model_class)
-
-        return init
+def _alike(model: nn.Module, place: str) -> list[str]:
+    """The names of all submodules of the same class; for a class of torch, such as Sequential, of one."""
+    kind = type(model.get_submodule(place))
+    if kind.__module__.startswith("torch."):
+        return [place]
+    return [
+        name for name, module in model.named_modules(remove_duplicate=False) if name and type(module) is kind
+    ]
 
 
 class _Tracer(fx.Tracer):
-    """fx's tracer with Conv2d, hooked modules and the given names as leaves."""
+    """fx's tracer with Conv2d, hooked modules, ScriptModules and the given names as leaves."""
 
-    def __init__(self, leaves: frozenset[str] = frozenset()) -> None:
+    def __init__(self, leaves: Collection[str] = ()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = leaves
         self.context = _open_contexts()
@@ -79,12 +79,89 @@ class _Tracer(fx.Tracer):
             return True
         return has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        place = self.path_of_module(m)
+        if self.is_leaf_module(m, place):
+            return super().call_module(m, forward, args, kwargs)
+        with _blamed_on(place):
+            return super().call_module(m, forward, args, kwargs)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _open_contexts() != self.context:
             raise ObstacleError(
                 "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
             )
         return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:  # fx would make it a dict
+            items = [self.create_arg((key, value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        return super().create_arg(a)
+
+
+@contextmanager
+def _blamed_on(place: str) -> Iterator[None]:
+    """What goes wrong inside is an obstacle in the submodule ``place``, unless it names another."""
+    before = _random_state()
+    try:
+        yield
+    except ObstacleError as obstacle:
+        if obstacle.place is None:
+            raise ObstacleError(f"{obstacle} ({_source_of(obstacle)})", place) from obstacle
+        raise
+    except Exception as error:
+        said = str(error).partition(". ")[0]  # fx goes on with general advice
+        raise ObstacleError(f"{type(error).__name__}: {said} ({_source_of(error)})", place) from error
+    if _random_state() != before:
+        raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
+
+
+def _symbolic(
+    model: nn.Module, leaves: Collection[str], defaults: Mapping[str, Any], *, training: bool
+) -> tuple[fx.Graph, nn.Module]:
+    """The graph, and the copy that it was made from."""
+    root = copy_model(model, share_parameters=True)
+    for module in root.modules():
+        module.training = training
+    own = {name: m for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    before = {name: _attributes(module) for name, module in own.items()}
+    with seeded(1), _contexts(training=training), _blamed_on(""):
+        graph = _Tracer(leaves).trace(root, concrete_args=dict(defaults) or None)
+    constants = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    for name, module in own.items():
+        changed = _changed(before[name], _attributes(module)) - constants
+        if changed:
+            raise ObstacleError(f"it sets its attribute {min(changed)}, which a graph would not", name)
+    for node in graph.find_nodes(op="placeholder"):
+        name = str(node.target).rpartition("_")[0]
+        node.target = name if name in defaults else node.target
+    return graph, root
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What the module holds, lists, dicts and sets one level deep, and the versions of its buffers."""
+    held = {key: _shallow(value) for key, value in vars(module).items()}
+    buffers = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
+    return held | {key: buffer._version for key, buffer in buffers.items() if not buffer.is_inference()}
+
+
+def _shallow(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, (list, set)) else value
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    return {key for key, value in after.items() if key not in before or not _same(before[key], value)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one) == list(other) and all(one[key] is other[key] for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return one is other or (isinstance(one, (int, float, str, tuple)) and one == other)
 
 
 def _open_contexts() -> tuple[Any, ...]:
@@ -115,45 +192,8 @@ def _random_state() -> tuple[Any, ...]:
     )
 
 
-def graph_of_both_modes(model: nn.Module, defaults: dict[str, Any]) -> tuple[fx.Graph, nn.Module]:
-    """The graph that train() and eval() share, and the copy of the model it was made from."""
-    leaves: set[str] = set()
-    while True:
-        graph, root, drew = _symbolic(model, leaves, defaults, training=False)
-        other, other_root, drew_too = _symbolic(model, leaves, defaults, training=True)
-        pair = _first_difference(graph, other)
-        if pair is None:
-            if drew or drew_too:
-                raise ObstacleError("it draws random numbers that a graph would keep as constants")
-            _check_constants(graph, root, other_root)
-            return graph, root
-        leaves.add(_part_to_keep(model, pair, leaves))
-
-
-def _symbolic(
-    model: nn.Module, leaves: set[str], defaults: dict[str, Any], *, training: bool
-) -> tuple[fx.Graph, nn.Module, bool]:
-    """The graph, the copy that it was made from, and whether tracing drew random numbers."""
-    root = copy_model(model, share_parameters=True)
-    for module in root.modules():
-        module.training = training
-    try:
-        with seeded(1), _contexts(training=training):
-            before = _random_state()
-            graph = _Tracer(frozenset(leaves)).trace(root, concrete_args=defaults or None)
-            drew = _random_state() != before
-    except ObstacleError:
-        raise
-    except Exception as error:
-        raise ObstacleError(f"{type(error).__name__}: {error} ({_source_of(error)})") from error
-    for node in graph.find_nodes(op="placeholder"):
-        name = str(node.target).rpartition("_")[0]
-        node.target = name if name in defaults else node.target
-    return graph, root, drew
-
-
 def _source_of(error: BaseException) -> str:
-    """File and line of the innermost frame outside of torch."""
+    """File and line of the innermost frame outside of torch and of this package."""
     place, frame = "unknown line", error.__traceback__
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
@@ -163,11 +203,41 @@ def _source_of(error: BaseException) -> str:
     return place
 
 
-def _first_difference(graph: fx.Graph, other: fx.Graph) -> tuple[fx.Node, fx.Node] | None:
-    for a, b in zip(graph.nodes, other.nodes, strict=False):
+def definition_of(module: nn.Module) -> str:
+    """File and line where the module's forward is defined."""
+    try:
+        code = inspect.unwrap(type(module).forward).__code__
+    except AttributeError:
+        return "unknown line"
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _check_same(graph: fx.Graph, other: fx.Graph) -> None:
+    """Refuse graphs that differ, naming the first submodule whose own nodes do."""
+    reason = "train() and eval() take different ways"
+    one, two = _by_owner(graph), _by_owner(other)
+    for place in sorted({*one, *two}, reverse=True):  # the traced module itself, "", last
+        for a, b in zip_longest(one.get(place, ()), two.get(place, ())):
+            if a is None or b is None or (a.op, a.target) != (b.op, b.target):
+                raise ObstacleError(f"{reason}, first at {(a or b).name!r}", place)
+    for a, b in zip(graph.nodes, other.nodes, strict=True):
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
-            return a, b
-    return None
+            raise ObstacleError(f"{reason}, first at {a.name!r}", _owner(a))
+
+
+def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    owned: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        owned.setdefault(_owner(node), []).append(node)
+    return owned
+
+
+def _owner(node: fx.Node) -> str:
+    """The submodule whose forward made the node; empty for the traced module itself."""
+    stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module" and stack and stack[-1] == node.target:
+        stack.pop()
+    return stack[-1] if stack else ""
 
 
 def _check_constants(graph: fx.Graph, root: nn.Module, other: nn.Module) -> None:
@@ -177,30 +247,4 @@ def _check_constants(graph: fx.Graph, root: nn.Module, other: nn.Module) -> None
         if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor):
             continue
         if one.shape != two.shape or not bool(((one == two) | (one != one)).all()):
-            raise ObstacleError(f"train() and eval() use different constants ({name})")
-
-
-def _part_to_keep(model: nn.Module, pair: tuple[fx.Node, fx.Node], leaves: set[str]) -> str:
-    """The innermost module at the first difference, if it holds no convolution."""
-    for node in pair:
-        stack = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        name = stack[-1] if stack else ""
-        if name and name not in leaves:
-            part = model.get_submodule(name)
-            if not any(isinstance(module, nn.Conv2d) for module in part.modules()):
-                return name
-    raise ObstacleError(
-        f"train() and eval() take different ways, first at {pair[0].name!r} and {pair[1].name!r}"
-    )
-
-
-def keep_constants(graph: fx.Graph, root: nn.Module, model: nn.Module) -> None:
-    """Tensors that forward makes from constants: buffers outside of the state_dict."""
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if "." not in name and not hasattr(model, name):
-            value = getattr(root, name)
-            if isinstance(value, torch.Tensor):
-                model.register_buffer(name, value, persistent=False)
-            else:
-                setattr(model, name, value)
+            raise ObstacleError(f"train() and eval() use different constants ({name})", _owner(node))

@@ -6,16 +6,16 @@ the bias of the composition. Names, ``state_dict`` keys and their order are the 
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator
 
 from torch import fx, nn
 
 from ..errors import LayerError
 from ..forms import LAYER, BasisConv2d
-from ..running import Model, copy_model
+from ..running import Model, become, copy_model
 from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
-from .rewriting import exchange, names_of
+from .rewriting import graphs_in, names_of
 
 __all__ = ["FoldPass", "fold", "fold_modules"]
 
@@ -25,25 +25,38 @@ class FoldPass(FxPass):
 
     def change(self, graph_module: fx.GraphModule) -> int:
         """Join call sites, then exchange modules; counts the layers."""
-        forms = {
-            name: layer for name, layer in conv_layers(graph_module).items() if isinstance(layer, BasisConv2d)
-        }
-        names = {name: {name, *names_of(graph_module, graph_module.get_submodule(name))} for name in forms}
-        pairs = [pair for name in forms for pair in _pairs(graph_module, names[name], forms[name])]
-        fold_modules(graph_module)
-        for basis, composition in pairs:
+        return _fold(graph_module)
+
+
+def _fold(model: nn.Module) -> int:
+    """Find the pairs in every graph, exchange the modules, join the pairs; counts the layers."""
+    forms = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, BasisConv2d)}
+    pairs = {graph: list(_pairs_in(graph, model, forms)) for graph in graphs_in(model)}
+    fold_modules(model)
+    for graph_module, found in pairs.items():
+        for basis, composition in found:
             _join(graph_module.graph, basis, composition)
-        return len(forms)
+        if found:
+            graph_module.graph.lint()
+            graph_module.recompile()
+    return len(forms)
 
 
-def fold_modules(model: nn.Module) -> nn.Module:
-    """Exchange every form in the module tree for its folded Conv2d in place; returns the model."""
+def _pairs_in(
+    graph_module: fx.GraphModule, model: nn.Module, forms: dict[str, BasisConv2d]
+) -> Iterator[tuple[fx.Node, fx.Node]]:
+    for name, form in forms.items():
+        names = names_of(graph_module, {id(model.get_submodule(name))})
+        yield from _pairs(graph_module, names, form)
+
+
+def fold_modules(model: nn.Module) -> None:
+    """Make every form in the module tree its folded Conv2d, in place."""
     for name, layer in conv_layers(model).items():
         if isinstance(layer, BasisConv2d):
-            model = exchange(model, model.get_submodule(name), layer.to_conv2d())
+            become(model.get_submodule(name), layer.to_conv2d())
         elif hasattr(layer, LAYER):
             delattr(layer, LAYER)
-    return model
 
 
 def fold(model: Model) -> Model:
@@ -65,10 +78,8 @@ def fold(model: Model) -> Model:
     ['0.weight', '0.bias']
     """
     copied = copy_model(model)
-    if isinstance(copied, fx.GraphModule):
-        FoldPass()(copied)
-        return copied
-    return cast(Model, fold_modules(copied))
+    _fold(copied)
+    return copied
 
 
 def _pairs(graph_module: fx.GraphModule, names: set[str], form: BasisConv2d) -> list[tuple[fx.Node, fx.Node]]:

@@ -3,12 +3,13 @@
 The form module takes the convolution's place in the module tree, under every name that it has. In a
 graph each call of the convolution then becomes two nodes, ``name.basis`` and ``name.composition``. Where a
 call is not a node (a part that stayed Python), or where the convolution has hooks, which belong to one
-call, the form module itself is called. So one exchange serves graphs, parts of graphs and plain modules.
+call, the form module itself is called. So one exchange serves graphs, parts of graphs and plain modules. The
+convolution *becomes* the form, so that a list or a closure that holds it holds the form too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import fx, nn
@@ -19,14 +20,15 @@ from ..errors import LayerError, PlanError
 from ..forms import LAYER, BasisConv2d, effective_weight, has_hooks, layer_plan
 from ..progress import progress
 from ..recipe import LayerPlan, Plan
+from ..running import become
 from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
 
-__all__ = ["RewritePass", "check_plan", "exchange", "factorise", "rewrite_modules"]
+__all__ = ["RewritePass", "check_plan", "factorise", "graphs_in", "names_of", "rewrite", "rewrite_modules"]
 
 
 class RewritePass(FxPass):
-    """Rewrite the layers of a plan inside a GraphModule.
+    """Rewrite the layers of a plan inside a GraphModule, and in the graphs inside of it.
 
     Args:
         plan: what to do with each convolution; dense layers are marked with their reason only.
@@ -40,17 +42,28 @@ class RewritePass(FxPass):
 
     def change(self, graph_module: fx.GraphModule) -> int:
         """Exchange modules, then expand their call sites; counts the layers, none when all is as planned."""
-        if [layer_plan(layer) for layer in conv_layers(graph_module).values()] == list(self.plan):
-            return 0
-        forms = rewrite_modules(graph_module, self.plan, empty=self.empty)
-        for name, form in forms.items():
-            if not has_hooks(form):
-                _expand(graph_module, set(names_of(graph_module, form)) | {name})
-        return len(forms)
+        return len(rewrite(graph_module, self.plan, empty=self.empty))
 
 
-def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> dict[str, BasisConv2d]:
-    """Exchange the convolutions of a plan for form modules in place; returns them by name.
+def rewrite(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[nn.Module]:
+    """Exchange modules, then expand their call sites in every graph; returns the forms, if any is new.
+
+    Raises:
+        PlanError, LayerError: see ``rewrite_modules``.
+    """
+    if [layer_plan(layer) for layer in conv_layers(model).values()] == list(plan):
+        return []
+    forms = rewrite_modules(model, plan, empty=empty)
+    for graph_module in graphs_in(model):
+        names = names_of(graph_module, {id(form) for form in forms if not has_hooks(form)})
+        if _expand(graph_module, names):
+            graph_module.graph.lint()
+            graph_module.recompile()
+    return forms
+
+
+def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[nn.Module]:
+    """Make the convolutions of a plan form modules, in place; returns them.
 
     All are decomposed before the first is exchanged, so that a refusal leaves the model as it was.
 
@@ -71,8 +84,8 @@ def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> dic
         if not layer.compressed:
             setattr(convs[layer.name], LAYER, layer)
     for name, form in forms.items():
-        exchange(model, convs[name], form)
-    return forms
+        become(convs[name], form)
+    return [convs[name] for name in forms]
 
 
 def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
@@ -128,28 +141,21 @@ def effective_weight_note(conv: nn.Conv2d) -> str:
     return f"its parametrization ({kinds}) is replaced by the effective weight"
 
 
-def names_of(model: nn.Module, module: nn.Module) -> list[str]:
-    """Every qualified name of a module: one, or more when it is shared."""
-    return [name for name, found in model.named_modules(remove_duplicate=False) if found is module]
+def graphs_in(model: nn.Module) -> list[fx.GraphModule]:
+    """Every GraphModule in a module tree, the model itself included."""
+    return [module for module in model.modules() if isinstance(module, fx.GraphModule)]
 
 
-def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put ``new`` in the place of ``old`` under every name, keeping the order of children.
-
-    Returns the model: ``new`` itself where the model is ``old``.
-    """
-    if model is old:
-        return new
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
-    return model
+def names_of(model: nn.Module, modules: Collection[int]) -> set[str]:
+    """Every qualified name of the modules with these ids: one each, or more when shared."""
+    return {name for name, found in model.named_modules(remove_duplicate=False) if id(found) in modules}
 
 
-def _expand(graph_module: fx.GraphModule, names: set[str]) -> None:
+def _expand(graph_module: fx.GraphModule, names: set[str]) -> int:
+    """Two nodes in place of each call of the named forms; returns how many calls there were."""
     graph = graph_module.graph
-    for node in call_sites(graph_module, names):
+    nodes = call_sites(graph_module, names)
+    for node in nodes:
         with graph.inserting_before(node):
             basis = graph.call_module(f"{node.target}.basis", node.args, dict(node.kwargs))
             composition = graph.call_module(f"{node.target}.composition", (basis,))
@@ -157,3 +163,4 @@ def _expand(graph_module: fx.GraphModule, names: set[str]) -> None:
         keep_meta(node, same_output=True, to=composition)
         node.replace_all_uses_with(composition)
         graph.erase_node(node)
+    return len(nodes)

@@ -21,7 +21,10 @@ LAYERS = {
     0: ["errors", "tables", "progress", "files", "costs", "paper", "running", "comparing", "bases"],
     1: ["recipe", "forms", "passes.base"],
     2: [
+        "passes.graphs",
         "passes.capturing",
+        "passes.trials",
+        "passes.parts",
         "passes.tracing",
         "passes.numbering",
         "passes.selection",
@@ -36,7 +39,7 @@ LAYERS = {
         "export.measuring",
         "export",
     ],
-    3: ["proving", "compression", "saving"],
+    3: ["proving", "compression", "saving", "diagnosis"],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "cli", "__main__"],
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from fxbasis.errors import InputError, TraceError
+from fxbasis.errors import InputError, LayerError, TraceError
 from fxbasis.running import (
+    Snapshot,
     as_arguments,
     batch_size,
-    buffers_kept,
+    become,
     copy_model,
     describe,
     in_mode,
@@ -254,13 +254,30 @@ def test_copy_model_names_the_remedy_for_pruned_models() -> None:
     assert torch.equal(copy_model(model)[0].weight, model[0].weight)
 
 
-@pytest.mark.parametrize("raises", [False, True])
-def test_buffers_kept_gives_objects_and_values_back(raises: bool) -> None:
+def test_snapshot_gives_buffers_and_random_states_back() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
     before = [(id(buffer), buffer.tolist()) for buffer in model.buffers()]
-    with pytest.raises(KeyError) if raises else nullcontext(), buffers_kept(model):
-        model(torch.randn(2, 3, 4, 4))
-        model[0].running_mean = torch.ones(3)
-        if raises:
-            raise KeyError
+    kept = Snapshot(model)
+    drawn = torch.rand(1), random.random(), np.random.rand()
+    model(torch.randn(2, 3, 4, 4))
+    model[0].running_mean = torch.ones(3)
+    kept.restore()
     assert [(id(buffer), buffer.tolist()) for buffer in model.buffers()] == before
+    assert drawn == (torch.rand(1), random.random(), np.random.rand())
+    assert list(kept.values) == ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+
+
+def test_become_reaches_every_holder() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
+    held = [model[0]]
+    become(model[0], nn.Conv2d(3, 8, 1))
+    assert held[0] is model[0]
+    assert model(torch.zeros(1, 3, 2, 2)).shape == (1, 8, 2, 2)
+
+
+def test_become_refuses_a_class_of_another_layout() -> None:
+    class Slotted(nn.Conv2d):
+        __slots__ = ("extra",)
+
+    with pytest.raises(LayerError, match=r"Slotted cannot be exchanged.*; leave it out of layers="):
+        become(Slotted(3, 4, 1), nn.Conv2d(3, 4, 1))

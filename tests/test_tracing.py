@@ -24,7 +24,7 @@ from fxbasis import (
     InputError,
     LayerError,
     TraceError,
-    VerificationError,
+    UsageError,
     compress,
     fold,
     load,
@@ -498,6 +498,8 @@ GRAPHS: dict[str, Case] = {
     "drop path": Case(DropPath),
     "dict output": Case(DictOutput),
     "NamedTuple output": Case(NamedOutput),
+    "OrderedDict output": Case(OrderedOutput),
+    "own train()": Case(OwnTrain),
     "list output": Case(ListOutput),
     "optional arguments": Case(OptionalMask),
     "in-place operations": Case(InPlace),
@@ -534,10 +536,7 @@ PYTHON: dict[str, tuple[Case, str]] = {
     "random numbers in forward": (Case(DrawsInForward), ""),
     "random layer drop": (Case(PythonLayerDrop), ""),
     "buffer that counts": (Case(CountsCalls), ""),
-    "OrderedDict output": (Case(OrderedOutput), "OrderedDict"),
     "item assignment": (Case(ItemAssignment), r"test_tracing\.py:\d+"),
-    "branching part": (Case(Nested, 3), r"test_tracing\.py:\d+"),
-    "own train()": (Case(OwnTrain), "its own train"),
     "tuple as default": (Case(TupleDefault), "no Python code"),
     "function as default": (Case(FunctionDefault), "NotImplementedError"),
     "reserved names": (Case(ReservedNames, 3), "graph has another meaning"),
@@ -548,6 +547,7 @@ PYTHON: dict[str, tuple[Case, str]] = {
 }
 
 EITHER: dict[str, Case] = {
+    "branching part": Case(Nested, 3),
     "dataclass output": Case(DataclassOutput),
     "*args": Case(VarArgs),
     "**kwargs": Case(KeywordArgs),
@@ -683,9 +683,7 @@ def test_stays_python_and_says_why(key: str) -> None:
     assert traced is not model
 
 
-WITHOUT_INPUTS = [
-    key for key in PYTHON if key not in ("branch on a type", "OrderedDict output", "buffer that counts")
-]
+WITHOUT_INPUTS = [key for key in PYTHON if key != "branch on a type"]
 
 
 @pytest.mark.parametrize("key", WITHOUT_INPUTS)
@@ -780,19 +778,21 @@ def test_traced_copy_shares_nothing_with_the_model() -> None:
     assert own.isdisjoint(tensor.data_ptr() for tensor in (*traced.parameters(), *traced.buffers()))
 
 
-def test_a_model_that_caches_what_it_sees_can_be_traced_twice() -> None:
-    class Caches(Plain):
+def test_a_part_that_sets_its_attributes_goes_on_doing_so() -> None:
+    class Caches(nn.Module):
         seen: Any = None
 
         def forward(self, x: Tensor) -> Tensor:
-            self.seen = self.body(x)
-            return self.last(self.seen)
+            self.seen = x * 2
+            return self.seen
 
-    model = Caches()
-    codes = [trace(model, X).code for _ in range(2)]
-    assert codes[0] == codes[1]
-    assert model.seen is None
-    assert isinstance(model(X), Tensor)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Caches(), nn.Conv2d(4, 4, 1))
+    for _ in range(2):
+        traced = trace(model, X)
+        assert isinstance(traced, fx.GraphModule)
+        assert model[1].seen is None
+        traced(X)
+        assert isinstance(traced[1].seen, Tensor)
 
 
 @pytest.mark.parametrize(
@@ -896,12 +896,27 @@ def test_forward_patched_with_a_closure_over_the_original_is_no_silent_no_op() -
         quietly(compress, model, X, layers=[1], size=2)
 
 
-def test_conv_held_in_a_plain_list_of_a_python_model_is_refused() -> None:
-    """Exchanging modules does not reach the list: the form would never run, and nothing would tell."""
-    with pytest.raises(
-        VerificationError, match=r"conv 1 \(conv\).*plain list.*; keep it in an nn\.ModuleList"
-    ):
-        quietly(compress, PlainList(branches=True), X, layers="re:.*", size=1.0)
+def test_conv_held_in_a_plain_list_of_a_python_model_is_exchanged_there_too() -> None:
+    model = make(Case(lambda: PlainList(branches=True)))
+    small, _ = quietly(compress, model, X, layers="re:.*", size=1.0)
+    assert small.steps[0] is small.conv
+    assert isinstance(small.steps[0], BasisConv2d)
+    assert_behaves_as(model, small, X, X3)
+    assert fold(small).steps[2].weight.shape == model.last.weight.shape
+
+
+def test_conv_called_from_outside_of_the_model_is_refused() -> None:
+    """A copy cannot reach it: the form would never run, and nothing would tell."""
+    outside: list[nn.Module] = []
+
+    class Borrows(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return outside[0](x) if x.shape[0] < 3 else self.conv(x)
+
+    model = Borrows()
+    outside.append(model.conv)
+    with pytest.raises(FxBasisError, match=r".+; .+"):
+        quietly(compress, model, X, layers=[1], size=2)
 
 
 def test_names_basis_and_composition_are_no_form_of_ours() -> None:
@@ -981,13 +996,23 @@ def test_second_entry_point_still_works_on_the_rewritten_layers() -> None:
     assert not torch.equal(model.features(X), small.features(X))
 
 
-@pytest.mark.parametrize("name", ["nothing", "append", "_nothing"])
+@pytest.mark.parametrize("name", ["nothing", "_nothing"])
 def test_missing_attributes_are_still_missing(name: str) -> None:
-    """Sequential.append among them: the graph would not follow it."""
     traced = trace(make(GRAPHS["sequential"]), X)
-    assert not hasattr(traced, name)
     with pytest.raises(AttributeError, match=name):
         getattr(traced, name)
+
+
+def test_a_traced_sequential_is_read_and_never_grown_in_silence() -> None:
+    traced = trace(make(GRAPHS["sequential"]), X)
+    assert len(traced) == 3
+    assert traced[-1] is traced.get_submodule("2")
+    traced[1] = nn.Identity()
+    assert torch.equal(traced(X), traced[2](traced[0](X)))
+    with pytest.raises(UsageError, match=r"append: a traced Sequential is fixed; change the model"):
+        traced.append(nn.ReLU())
+    with pytest.raises(UsageError, match="fixed; change the model"):
+        del traced[0]
 
 
 def test_plain_attributes_survive() -> None:

@@ -1,0 +1,124 @@
+"""A GraphModule that keeps everything of the module that it was traced from.
+
+A plain GraphModule keeps only what its nodes name, and forgets the class. ``TracedModule`` is a graph and of
+the model's class at once: only ``forward`` is the graph's. Every submodule, parameter, buffer, attribute and
+hook stays, in the original order, and so do methods, properties and ``isinstance``: a parent that asks its
+child for an attribute, or calls another of its methods, gets what it got before.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import UsageError
+
+__all__ = ["ObstacleError", "TracedModule", "as_graph"]
+
+_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+_OWN = ("__call__", "__deepcopy__", "__delattr__", "__getattr__", "__getattribute__", "__setattr__")
+_GROWING = ("append", "extend", "insert", "pop", "__delitem__", "__iadd__", "__imul__")
+
+
+class ObstacleError(Exception):
+    """Why a module stays Python; ``place`` is the submodule at fault, None where that is not known."""
+
+    def __init__(self, reason: str, place: str | None = None) -> None:
+        super().__init__(" ".join(reason.split()))
+        self.place = place
+
+
+class _Blank(nn.Module):
+    """Stands before the model's class, so that a graph is built without running its ``__init__``."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class TracedModule(fx.GraphModule, _Blank):
+    """The base of every traced class: ``TracedModule`` first, then the model's own class."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
+        super().__init__(root, graph, class_name)
+        for key, value in root.__dict__.items():
+            if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
+                self.__dict__[key] = value
+
+    def _deepcopy_init(self) -> Any:
+        name = type(self).__name__
+
+        def init(copied: TracedModule, root: nn.Module, graph: fx.Graph) -> None:
+            TracedModule.__init__(copied, root, graph, name)
+
+        return init
+
+
+def as_graph(module: nn.Module, graph: fx.Graph, root: nn.Module) -> TracedModule:
+    """A graph on the submodules and tensors of ``module``; ``root`` is the copy that was traced.
+
+    Tensors that forward makes from constants become buffers outside of the state_dict.
+
+    Raises:
+        ObstacleError: when the class or the graph cannot be a GraphModule.
+    """
+    _check_class(module)
+    constants = _lend_constants(graph, root, module)
+    try:
+        return _traced_class(type(module))(module, graph, type(module).__name__)
+    except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
+        raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
+    finally:
+        module._buffers = {key: value for key, value in module._buffers.items() if key not in constants}
+        module._non_persistent_buffers_set = module._non_persistent_buffers_set - constants
+        for key in constants:
+            module.__dict__.pop(key, None)
+
+
+def _traced_class(model_class: type[nn.Module]) -> type[TracedModule]:
+    body = {name: _refusing(name) for name in _GROWING if issubclass(model_class, nn.Sequential)}
+    body["__module__"] = model_class.__module__
+    return types.new_class(
+        model_class.__name__, (TracedModule, model_class), exec_body=lambda space: space.update(body)
+    )
+
+
+def _refusing(name: str) -> Any:
+    def refused(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise UsageError(
+            f"{type(self).__name__}.{name}: a traced Sequential is fixed; change the model, not its graph"
+        )
+
+    return refused
+
+
+def _check_class(module: nn.Module) -> None:
+    """A GraphModule has nn.Module's own methods, and attributes of its own."""
+    if "forward" in module.__dict__:
+        raise ObstacleError("its forward was replaced on the instance")
+    own = [name for name in _OWN if getattr(type(module), name, None) is not getattr(nn.Module, name, None)]
+    if own:
+        raise ObstacleError(f"its class has its own {own[0]}")
+    reserved = {*vars(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+    classes = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
+    held = {*vars(module), *module._modules, *module._parameters, *module._buffers}
+    taken = {name for name in reserved & held.union(*map(vars, classes)) if not name.startswith("__")}
+    if taken:
+        raise ObstacleError(f"its attribute {min(taken)} has another meaning in a graph")
+
+
+def _lend_constants(graph: fx.Graph, root: nn.Module, module: nn.Module) -> set[str]:
+    """Put the constants of the traced copy into the module; returns their names."""
+    lent = set()
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if "." not in name and not hasattr(module, name):
+            value = getattr(root, name)
+            if isinstance(value, torch.Tensor):
+                module.register_buffer(name, value, persistent=False)
+            else:
+                setattr(module, name, value)
+            lent.add(name)
+    return lent

@@ -1,0 +1,120 @@
+"""The runs on which a traced module is proven.
+
+The example inputs, then another batch size and another image size, each in eval() and in train(); of these,
+what the original accepts. One sample more, and images of other, unequal sides, at once where the model takes
+that, otherwise one after the other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FxBasisError, InputError
+from ..running import ExampleInputs, Snapshot, batch_size, map_tensors, run, tensors_of, with_batch
+
+__all__ = ["run_trials"]
+
+_Run = tuple[Any, dict[str, Tensor]]
+
+
+def run_trials(
+    model: nn.Module, example_inputs: ExampleInputs, *, example_only: bool = False
+) -> dict[str, Any]:
+    """Output and buffers after each run that the model accepts, by what the run was.
+
+    Modes, buffers and random states are restored.
+
+    Raises:
+        InputError: when the model fails on the example inputs in eval().
+    """
+    found = {"the example in eval()": _attempt(model, example_inputs, training=False)}
+    trained = _accepted(model, example_inputs, training=True)
+    found |= {} if trained is None else {"the example in train()": trained}
+    together, apart = (("", []), []) if example_only else _variants(example_inputs)
+    more = _first_accepted(model, *together)
+    for variant in apart if not more else ():
+        more |= _first_accepted(model, *variant)
+    return found | more
+
+
+def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInputs]) -> dict[str, Any]:
+    """The runs in both modes on the first inputs that the model accepts in eval()."""
+    for inputs in alternatives:
+        found = {f"{what} in eval()": _accepted(model, inputs, training=False)}
+        if found[f"{what} in eval()"] is not None:
+            found[f"{what} in train()"] = _accepted(model, inputs, training=True)
+            return {key: value for key, value in found.items() if value is not None}
+    return {}
+
+
+def _attempt(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> _Run:
+    before = Snapshot(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = run(model, inputs, training=training)
+        return output, Snapshot(model).values
+    finally:
+        before.restore()
+
+
+def _accepted(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> _Run | None:
+    try:
+        return _attempt(model, inputs, training=training)
+    except InputError:
+        return None
+
+
+_Variant = tuple[str, list[ExampleInputs]]
+
+
+def _variants(example_inputs: ExampleInputs) -> tuple[_Variant, list[_Variant]]:
+    """Batch and image size changed together, and each by itself; alternatives cheapest first."""
+    try:
+        batch = with_batch(example_inputs, batch_size(example_inputs) + 1)
+    except FxBasisError:
+        return ("", []), []
+    sizes = _other_sizes(example_inputs)
+    together = [_resized(batch, example_inputs, size) for size in sizes[:1]]
+    resized = [_resized(example_inputs, example_inputs, size) for size in sizes]
+    return (
+        ("another batch and image size", together),
+        [("another batch size", [batch]), ("another image size", resized)],
+    )
+
+
+def _image_size(example_inputs: ExampleInputs) -> tuple[int, int] | None:
+    sizes = [tuple(tensor.shape[-2:]) for tensor in tensors_of(example_inputs) if tensor.ndim >= 4]
+    return (sizes[0][0], sizes[0][1]) if sizes else None
+
+
+def _other_sizes(example_inputs: ExampleInputs) -> list[tuple[int, int]]:
+    """Cheap sizes with unequal sides that divide by what the example's do, as far as that goes."""
+    size = _image_size(example_inputs)
+    if size is None:
+        return []
+    height, width = size
+    if min(size) <= 48:
+        return [(2 * height, 3 * width)]
+    small = (64, 96) if size != (64, 96) else (96, 64)
+    return [small, (height - 32, width - 64)] if min(size) > 128 else [small]
+
+
+def _resized(inputs: ExampleInputs, like: ExampleInputs, size: tuple[int, int]) -> ExampleInputs:
+    """Cut, or repeat, the last two dimensions of every tensor that has those of the example's images."""
+    before = _image_size(like)
+
+    def resize(tensor: Tensor) -> Tensor:
+        if tensor.ndim < 3 or tuple(tensor.shape[-2:]) != before:
+            return tensor
+        rows, columns = (
+            torch.arange(new, device=tensor.device) % old for new, old in zip(size, before, strict=True)
+        )
+        return tensor.index_select(-2, rows).index_select(-1, columns)
+
+    resized: ExampleInputs = map_tensors(resize, inputs)
+    return resized
