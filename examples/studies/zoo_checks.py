@@ -145,20 +145,29 @@ def plain(case: Case) -> dict[str, Any]:
 
 
 def trace(case: Case) -> tuple[nn.Module, dict[str, Any]]:
-    """The model to compress: its graph, or itself where it stays Python; and what became of it."""
+    """The traced copy, which is compressed twice; and what became of its parts."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         traced = fxbasis.trace(case.model, case.example)
     said = [str(warning.message) for warning in caught if "stays Python" in str(warning.message)]
-    graphs = [module for module in traced.modules() if isinstance(module, fx.GraphModule)]
-    inside = {id(layer) for graph in graphs for layer in conv_layers(graph).values()}
-    row = {
+    return traced, {
         "graph": isinstance(traced, fx.GraphModule),
-        "graphs": len(graphs),
-        "convs_in_graphs": len(inside),
+        "convs_in_graphs": _convs_in_graphs(traced),
         "python": "; ".join(said),
+        "parts": {part.name: part.reason for part in fxbasis.parts_of(traced) if not part.graph},
     }
-    return traced if row["graph"] else case.model, row
+
+
+def _convs_in_graphs(traced: nn.Module) -> int:
+    """How many convolutions have their innermost part in a graph."""
+    graphs = {part.name: part.graph for part in fxbasis.parts_of(traced)}
+    count = 0
+    for name in conv_layers(traced):
+        owner = name
+        while owner and owner not in graphs:
+            owner = owner.rpartition(".")[0]
+        count += graphs.get(owner, False)
+    return count
 
 
 def full(case: Case, traced: nn.Module) -> dict[str, Any]:
