@@ -108,7 +108,13 @@ class Diagnosis:
     def _traced(self) -> str:
         graphs = sum(part.graph for part in self.parts)
         if not self.python_parts:
-            return f"{self.model} is one torch.fx graph, equal to the model in train() and in eval()."
+            both = "equal to the model in train() and in eval()"
+            reason = self.parts[0].reason
+            return f"{self.model} is one torch.fx graph, " + (
+                f"equal to the model in eval(); in train() its own Python runs: {reason}."
+                if reason
+                else f"{both}."
+            )
         whole = "is a graph with parts that stay" if self.parts[0].graph else "stays"
         return f"{self.model} {whole} Python; {graphs} graphs in all, equal to what they stand for."
 

@@ -28,7 +28,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
 from .errors import FxBasisWarning, MissingExtraError, UsageError
-from .running import seeded
+from .running import load_values, seeded
 
 FORMS = "torchvision:resnet18, timm:resnet50, package.module:callable or path/to/file.py:callable"
 WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -88,7 +88,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_pickle: bool = Fal
     path = Path(path)
     state = _without_prefix(_weights_in(_read(path, allow_pickle), path), model, path)
     _check_fit(model, state, path)
-    model.load_state_dict(state, strict=False)
+    load_values(model, state)
 
 
 def parse_input(text: str) -> torch.Tensor:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -165,6 +166,18 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
             f"{type(model).__name__} cannot be deep-copied ({error}); old-style weight_norm and pruning "
             "cause this: call torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove first"
         ) from error
+
+
+def load_values(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """``load_state_dict`` for tensors from a file, which holds no versions of modules: the model's own then.
+
+    Some classes (torchvision's MNASNet) convert or refuse a state_dict without a version.
+    """
+    own = model.state_dict()
+    if not hasattr(state, "_metadata") and own.keys() <= state.keys():
+        state = OrderedDict(state)
+        state._metadata = own._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=False)
 
 
 class Snapshot:

@@ -23,6 +23,7 @@ from .files import made_folder, write_through, write_whole
 from .passes.rewriting import check_plan, rewrite
 from .passes.tracing import parts_of, retrace
 from .recipe import Plan, read_json
+from .running import load_values
 
 __all__ = ["load", "save"]
 
@@ -145,4 +146,4 @@ def _load_state(model: nn.Module, path: Path) -> None:
                 f"{tuple(state[key].shape)} {state[key].dtype}; use the model that was compressed, "
                 f"in that dtype (model.to(...))"
             )
-    model.load_state_dict({key: stored[name] for key, name in names.items()})
+    load_values(model, {key: stored[name] for key, name in names.items()})

@@ -10,50 +10,71 @@ on copies. A submodule becomes a *leaf*, which stays Python and decides at run t
 - train() and eval() do different things.
 
 With one submodule all others of its class become leaves, so that a deep model is not traced once for each.
-When this happens in the forward of the traced module itself, there is no graph: ``ObstacleError``.
+When this happens in the forward of the traced module itself, there is no graph: ``ObstacleError``. When it
+happens there in train() alone, the graph is that of eval(), and in train() the module's Python is to run.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.fx.proxy import ParameterProxy
 
 from ..forms import has_hooks
 from ..running import copy_model, seeded
 from .graphs import ObstacleError
 
-__all__ = ["capture", "definition_of"]
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+__all__ = ["Capture", "capture", "definition_of"]
 
 
-def capture(model: nn.Module, defaults: Mapping[str, Any]) -> tuple[fx.Graph, nn.Module]:
-    """The graph that train() and eval() share, and the copy that was traced.
+class ContextError(ObstacleError):
+    """A context that a graph would drop, in whichever mode it was seen."""
 
-    ``defaults`` are arguments of forward with the value that they keep.
+
+@dataclass(frozen=True)
+class Capture:
+    """The graph, the copy that was traced, and why the graph is that of eval() alone; empty if it is not."""
+
+    graph: fx.Graph
+    root: nn.Module
+    eval_only: str = ""
+
+
+def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
+    """Trace a module symbolically; ``defaults`` are arguments of forward with the value that they keep.
 
     Raises:
         ObstacleError: when the module's own forward cannot be a graph.
     """
     leaves: set[str] = set()
     while True:
+        graph = None
         try:
             graph, root = _symbolic(model, leaves, defaults, training=False)
             other, other_root = _symbolic(model, leaves, defaults, training=True)
             _check_same(graph, other)
             _check_constants(graph, root, other_root)
-            return graph, root
+            return Capture(graph, root)
         except ObstacleError as obstacle:
-            if not obstacle.place or obstacle.place in leaves:
+            if obstacle.place and obstacle.place not in leaves:
+                leaves.update(_alike(model, obstacle.place))
+            elif graph is not None and not isinstance(obstacle, ContextError):
+                return Capture(graph, root, str(obstacle))
+            else:
                 raise
-            leaves.update(_alike(model, obstacle.place))
 
 
 def _alike(model: nn.Module, place: str) -> list[str]:
@@ -86,9 +107,18 @@ class _Tracer(fx.Tracer):
         with _blamed_on(place):
             return super().call_module(m, forward, args, kwargs)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A buffer is read at each call, as parameters are; fx would keep what was computed from it."""
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val:
+                    proxy = functools.partial(_BufferProxy, self, name=name, buffer=buffer)
+                    return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=proxy)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _open_contexts() != self.context:
-            raise ObstacleError(
+            raise ContextError(
                 "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
             )
         return super().create_node(*args, **kwargs)
@@ -100,6 +130,15 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
+class _BufferProxy(ParameterProxy):
+    """A buffer whose shape is known while tracing, as ParameterProxy does it for parameters."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: torch.Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param = buffer  # type: ignore[assignment]
+        self.name = name
+
+
 @contextmanager
 def _blamed_on(place: str) -> Iterator[None]:
     """What goes wrong inside is an obstacle in the submodule ``place``, unless it names another."""
@@ -108,7 +147,7 @@ def _blamed_on(place: str) -> Iterator[None]:
         yield
     except ObstacleError as obstacle:
         if obstacle.place is None:
-            raise ObstacleError(f"{obstacle} ({_source_of(obstacle)})", place) from obstacle
+            raise type(obstacle)(f"{obstacle} ({_source_of(obstacle)})", place) from obstacle
         raise
     except Exception as error:
         said = str(error).partition(". ")[0]  # fx goes on with general advice
@@ -130,7 +169,7 @@ def _symbolic(
         graph = _Tracer(leaves).trace(root, concrete_args=dict(defaults) or None)
     constants = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     for name, module in own.items():
-        changed = _changed(before[name], _attributes(module)) - constants
+        changed = _changed(before[name], _attributes(module)) - (constants - set(before[name]))
         if changed:
             raise ObstacleError(f"it sets its attribute {min(changed)}, which a graph would not", name)
     for node in graph.find_nodes(op="placeholder"):
@@ -140,16 +179,18 @@ def _symbolic(
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the module holds, lists, dicts and sets one level deep, and the versions of its buffers."""
-    held = {key: _shallow(value) for key, value in vars(module).items()}
-    buffers = {key: buffer for key, buffer in module._buffers.items() if buffer is not None}
-    return held | {key: buffer._version for key, buffer in buffers.items() if not buffer.is_inference()}
+    """What the module holds: tensors and modules themselves; of lists, dicts and objects what is in them."""
+    held = {key: _shallow(value) for key, value in vars(module).items() if key not in _REGISTERED}
+    return held | {key: part for name in _REGISTERED for key, part in vars(module)[name].items()}
 
 
 def _shallow(value: Any) -> Any:
     if isinstance(value, dict):
         return dict(value)
-    return list(value) if isinstance(value, (list, set)) else value
+    if isinstance(value, (list, set)):
+        return list(value)
+    plain = hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, nn.Module, type))
+    return value if callable(value) or not plain else dict(vars(value))
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
@@ -158,10 +199,10 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and all(one[key] is other[key] for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
-    return one is other or (isinstance(one, (int, float, str, tuple)) and one == other)
+        return list(one) == list(other) and _same(list(one.values()), list(other.values()))
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (isinstance(one, (int, float, str)) and one == other)
 
 
 def _open_contexts() -> tuple[Any, ...]:

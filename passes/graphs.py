@@ -3,18 +3,20 @@
 A plain GraphModule keeps only what its nodes name, and forgets the class. ``TracedModule`` is a graph and of
 the model's class at once: only ``forward`` is the graph's. Every submodule, parameter, buffer, attribute and
 hook stays, in the original order, and so do methods, properties and ``isinstance``: a parent that asks its
-child for an attribute, or calls another of its methods, gets what it got before.
+child for an attribute, or calls another of its methods, gets what it got before. Where train() and eval()
+take different ways, the graph is that of eval(), and in train() the forward of the model's class runs.
 """
 
 from __future__ import annotations
 
+import functools
 import types
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from ..errors import UsageError
+from ..errors import TraceError, UsageError
 
 __all__ = ["ObstacleError", "TracedModule", "as_graph"]
 
@@ -41,11 +43,29 @@ class _Blank(nn.Module):
 class TracedModule(fx.GraphModule, _Blank):
     """The base of every traced class: ``TracedModule`` first, then the model's own class."""
 
+    _eval_only: str = ""
+
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
         super().__init__(root, graph, class_name)
         for key, value in root.__dict__.items():
             if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
                 self.__dict__[key] = value
+
+    def recompile(self) -> Any:
+        """Make forward from the graph; in train() that of the model's class, where the graph is eval()'s."""
+        code, kind = super().recompile(), cast(Any, type(self))
+        if self._eval_only:
+            model_class = kind.__mro__[kind.__mro__.index(_Blank) + 1]
+            kind.forward = _by_mode(kind.forward, model_class.forward)
+        return code
+
+    def __reduce__(self) -> Any:
+        if self._eval_only:
+            raise TraceError(
+                f"{type(self).__name__} cannot be pickled: its graph is that of eval() ({self._eval_only}); "
+                "use fxbasis.save, or its state_dict"
+            )
+        return super().__reduce__()
 
     def _deepcopy_init(self) -> Any:
         name = type(self).__name__
@@ -56,10 +76,21 @@ class TracedModule(fx.GraphModule, _Blank):
         return init
 
 
-def as_graph(module: nn.Module, graph: fx.Graph, root: nn.Module) -> TracedModule:
+def _by_mode(evaluated: Any, trained: Any) -> Any:
+    """The forward of a graph that is that of eval() alone."""
+
+    @functools.wraps(evaluated)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (trained if self.training else evaluated)(self, *args, **kwargs)
+
+    return forward
+
+
+def as_graph(module: nn.Module, graph: fx.Graph, root: nn.Module, eval_only: str = "") -> TracedModule:
     """A graph on the submodules and tensors of ``module``; ``root`` is the copy that was traced.
 
-    Tensors that forward makes from constants become buffers outside of the state_dict.
+    Tensors that forward makes from constants become buffers outside of the state_dict. ``eval_only`` is why
+    the graph does not serve in train(), where it does not.
 
     Raises:
         ObstacleError: when the class or the graph cannot be a GraphModule.
@@ -67,7 +98,7 @@ def as_graph(module: nn.Module, graph: fx.Graph, root: nn.Module) -> TracedModul
     _check_class(module)
     constants = _lend_constants(graph, root, module)
     try:
-        return _traced_class(type(module))(module, graph, type(module).__name__)
+        return _traced_class(type(module), eval_only)(module, graph, type(module).__name__)
     except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
         raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
     finally:
@@ -77,9 +108,9 @@ def as_graph(module: nn.Module, graph: fx.Graph, root: nn.Module) -> TracedModul
             module.__dict__.pop(key, None)
 
 
-def _traced_class(model_class: type[nn.Module]) -> type[TracedModule]:
+def _traced_class(model_class: type[nn.Module], eval_only: str) -> type[TracedModule]:
     body = {name: _refusing(name) for name in _GROWING if issubclass(model_class, nn.Sequential)}
-    body["__module__"] = model_class.__module__
+    body |= {"__module__": model_class.__module__, "_eval_only": eval_only}
     return types.new_class(
         model_class.__name__, (TracedModule, model_class), exec_body=lambda space: space.update(body)
     )

@@ -36,7 +36,8 @@ class Part:
     Attributes:
         name: qualified; empty for the model itself.
         graph: whether it is a ``torch.fx.GraphModule``.
-        reason: why it stays Python, with source file and line; empty for a graph.
+        reason: why it stays Python, with source file and line; of a graph, why it is that of eval() alone
+            and its Python runs in train(); empty where the graph serves in both.
         given: the arguments of its forward that are inputs of the graph; the others keep their defaults.
     """
 
@@ -103,7 +104,7 @@ class _Search:
                 waiting += self.stays(name, str(obstacle))
                 continue
             found[name] = (module, traced)
-            self.parts[name] = Part(name, True, given=tuple(given))
+            self.parts[name] = Part(name, True, traced._eval_only, tuple(given))
             for node in traced.graph.find_nodes(op="call_module"):  # leaves: what stays Python, or has hooks
                 waiting += self._new([f"{name}.{node.target}".lstrip(".")])
         return found
@@ -162,8 +163,8 @@ def _names(model: nn.Module) -> Iterator[str]:
 def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
     """The graph of one module, for calls that give these arguments."""
     try:
-        graph, root = capture(module, _defaults(module, given))
-        return as_graph(module, graph, root)
+        captured = capture(module, _defaults(module, given))
+        return as_graph(module, captured.graph, captured.root, captured.eval_only)
     except ObstacleError as obstacle:
         line = "" if ".py:" in str(obstacle) else f" ({definition_of(module)})"
         raise ObstacleError(f"{obstacle}{line}") from obstacle
@@ -202,6 +203,7 @@ def _compared(
     output = original(*args, **kwargs)
     after = Snapshot(module)
     before.restore()
+    traced.training = module.training
     what, remedy = f"its graph in {'train' if module.training else 'eval'}()", "it is kept as it is"
     try:
         with redirect_stderr(StringIO()):  # a GraphModule prints its code when it fails
@@ -278,6 +280,7 @@ def _defaults(module: nn.Module, given: Collection[str]) -> dict[str, Any]:
 
 
 def _become_graph(module: nn.Module, traced: TracedModule) -> None:
+    traced.training = module.training
     become(module, traced)
     traced.graph.owning_module = cast(fx.GraphModule, module)
 

@@ -7,6 +7,8 @@ under "(top level)". Nets come in eval() with BatchNorm statistics that matter.
 Fixtures: one for each net by its key in ``NETS`` (``plain_net``, ``shared_net``...), and ``net``, which
 runs a test on each of them. Helpers: ``from conftest import NETS, build, close``.
 
+Hypothesis draws the same 50 examples each time, or 10,000 others under ``--hypothesis-profile=long``.
+
 No postponed annotations here: torch 2.8 cannot pickle a graph of a forward that has them.
 """
 
@@ -14,10 +16,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("long", deadline=None, max_examples=10_000, print_blob=True)
+settings.load_profile("fixed")
 
 
 class Net(nn.Module):

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import Net, close
 from torch import Tensor, nn
 
-from fxbasis import compress, fold, load, number_convs, profile, save, trace
+from fxbasis import compress, export_onnx, fold, load, number_convs, profile, save, trace
 from fxbasis.bases import METHODS, decompose
 from fxbasis.errors import FxBasisWarning, LayerError, VerificationError
 from fxbasis.forms import BasisConv2d
@@ -298,6 +299,53 @@ def test_formula_of_the_work_equals_the_count(key: str) -> None:
     fan_in, groups = case.net().conv.weight[0].numel(), case.net().conv.groups
     ratio = case.small / case.conv[1] * (1 + case.conv[1] / (groups * fan_in))
     assert found.macs / found.macs_before == pytest.approx(ratio, rel=1e-12)
+
+
+class SideBySide(nn.Module):
+    """Every case of one dtype in one file, which costs a fraction of a file for each; 2 x 8 x 9 x 8 in."""
+
+    def __init__(self, keys: list[str], way: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.widths = {key: CASES[key].conv[0] for key in keys}
+        self.nets = nn.ModuleList(way(small(key)) for key in keys)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        pairs = zip(self.nets, self.widths.items(), strict=True)
+        return {key: net(x[:, :width]) for net, (key, width) in pairs}
+
+
+def keep(model: nn.Module) -> nn.Module:
+    return model
+
+
+def options(dtype: torch.dtype) -> list[str]:
+    """The cases that differ in what is computed, not in modes, frozen parameters or memory format."""
+    alike = ("train", "frozen", "channels-last", "unbatched", "batch")
+    return [key for key, case in CASES.items() if case.dtype == dtype and not any(a in key for a in alike)]
+
+
+FOLDED = ["groups-reflect", "circular-strided", "same-even-dilated", "stride-1-3-groups"]
+FILES = {
+    "float32": (options(torch.float32), keep),
+    "half": (options(torch.half), keep),
+    "folded": (FOLDED, fold),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_onnx_file_equals_the_model(name: str, tmp_path: Path) -> None:
+    keys, way = FILES[name]
+    model, example = SideBySide(keys, way), torch.randn(2, 8, 9, 8).to(CASES[keys[0]].dtype)
+    file = export_onnx(model, example, tmp_path / "m.onnx")
+    assert (file.exporter, file.dynamic_batch) == ("dynamo", True)
+    assert [output.name for output in onnx.load(file.path).graph.output] == keys
+
+
+@pytest.mark.parametrize("key", ["unbatched", "channels-last-groups"])
+def test_the_onnx_file_of_one_case_equals_the_model(key: str, tmp_path: Path) -> None:
+    batched = len(CASES[key].image) == 4
+    file = export_onnx(small(key), CASES[key].example(), tmp_path / "m.onnx", dynamic_batch=batched)
+    assert file.exporter == "dynamo"
 
 
 def state(model: nn.Module) -> list[Any]:

@@ -238,7 +238,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, bool]]] = {
     "counting part": (lambda: Around(Counts()), X, {"": True, "part": False}),
     "remembering part": (lambda: Around(Remembers()), X, {"": True, "part": False}),
     "recording part": (lambda: Around(Records()), X, {"": True, "part": False}),
-    "drawing part": (lambda: Around(Draws()), X, {"": True, "part": False}),
+    "drawing part": (lambda: Around(Draws()), X, {"": True, "part": True}),
     "no_grad part": (lambda: Around(NoGrad()), X, {"": True, "part": False}),
 }
 

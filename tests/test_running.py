@@ -20,6 +20,7 @@ from fxbasis.running import (
     copy_model,
     describe,
     in_mode,
+    load_values,
     map_tensors,
     run,
     seeded,
@@ -265,6 +266,28 @@ def test_snapshot_gives_buffers_and_random_states_back() -> None:
     assert [(id(buffer), buffer.tolist()) for buffer in model.buffers()] == before
     assert drawn == (torch.rand(1), random.random(), np.random.rand())
     assert list(kept.values) == ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+
+
+class Versioned(nn.Linear):
+    """Refuses a state_dict that does not say by which version it was written, as MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError("which version?")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_load_values_gives_the_models_own_versions_to_plain_tensors() -> None:
+    model = nn.Sequential(Versioned(2, 1))
+    values = {"0.weight": torch.ones(1, 2), "0.bias": torch.ones(1)}
+    load_values(model, values)
+    assert torch.equal(model[0].weight, torch.ones(1, 2))
+    state = model.state_dict()
+    state._metadata["0"]["version"] = 1
+    with pytest.raises(ValueError, match="which version"):
+        load_values(model, state)
 
 
 def test_become_reaches_every_holder() -> None:

@@ -303,10 +303,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, lambda c: c.update(format=99)),
         "format 99, this version",
     ),
-    "graph is no truth value": (lambda f: edit(f, lambda c: c.update(graph="no")), "graph is 'no'"),
-    "graph is missing": (lambda f: edit(f, lambda c: c.pop("graph") and c), "graph is None"),
-    "given is a text": (lambda f: edit(f, lambda c: c.update(given="x")), "given is 'x'; save"),
-    "given is a number": (lambda f: edit(f, lambda c: c.update(given=[1])), r"given is \[1\]; save"),
+    "graphs is a text": (lambda f: edit(f, lambda c: c.update(graphs="no")), "graphs is 'no'; save"),
+    "graphs is missing": (lambda f: edit(f, lambda c: c.pop("graphs") and c), "graphs is None; save"),
+    "arguments are a text": (lambda f: edit(f, lambda c: c.update(graphs={"": "x"})), "graphs is .*; save"),
+    "argument is a number": (lambda f: edit(f, lambda c: c.update(graphs={"": [1]})), r"graphs is .*; save"),
     "plan is a list": (lambda f: edit(f, lambda c: [c]), 'has no list "layers"'),
 }
 

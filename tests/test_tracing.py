@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import re
 import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from fxbasis import (
     fold,
     load,
     number_convs,
+    parts_of,
     save,
     trace,
 )
@@ -517,10 +519,6 @@ GRAPHS: dict[str, Case] = {
 }
 
 PYTHON: dict[str, tuple[Case, str]] = {
-    "functional dropout among convs": (Case(DropoutAmongConvs), r"train\(\) and eval\(\)"),
-    "training branch": (Case(TrainingBranch), r"train\(\) and eval\(\)"),
-    "auxiliary head": (Case(AuxiliaryHead), r"train\(\) and eval\(\)"),
-    "constant of the mode": (Case(TrainingConstant), ""),
     "no_grad": (Case(NoGrad), "no_grad"),
     "enable_grad": (Case(EnableGrad), "no_grad"),
     "autocast": (Case(Autocast), "autocast"),
@@ -534,8 +532,7 @@ PYTHON: dict[str, tuple[Case, str]] = {
     "branch on data": (Case(DataBranch), r"test_tracing\.py:\d+"),
     "branch on a type": (Case(TypeBranch), ""),
     "random numbers in forward": (Case(DrawsInForward), ""),
-    "random layer drop": (Case(PythonLayerDrop), ""),
-    "buffer that counts": (Case(CountsCalls), ""),
+    "buffer that counts": (Case(CountsCalls), r"sets its attribute count.*test_tracing\.py:\d+"),
     "item assignment": (Case(ItemAssignment), r"test_tracing\.py:\d+"),
     "tuple as default": (Case(TupleDefault), "no Python code"),
     "function as default": (Case(FunctionDefault), "NotImplementedError"),
@@ -546,6 +543,17 @@ PYTHON: dict[str, tuple[Case, str]] = {
     "DataParallel": (Case(lambda: nn.DataParallel(Plain())), ""),
 }
 
+EVAL_ONLY: dict[str, tuple[Case, str]] = {
+    "functional dropout among convs": (
+        Case(DropoutAmongConvs),
+        r"train\(\) and eval\(\) take different ways",
+    ),
+    "training branch": (Case(TrainingBranch), r"train\(\) and eval\(\) take different ways"),
+    "auxiliary head": (Case(AuxiliaryHead), r"train\(\) and eval\(\) take different ways"),
+    "constant of the mode": (Case(TrainingConstant), "use different constants"),
+    "random layer drop": (Case(PythonLayerDrop), "draws random numbers"),
+}
+
 EITHER: dict[str, Case] = {
     "branching part": Case(Nested, 3),
     "dataclass output": Case(DataclassOutput),
@@ -554,7 +562,8 @@ EITHER: dict[str, Case] = {
     "one Conv2d": Case(one_conv, 1),
 }
 
-ALL = GRAPHS | {key: case for key, (case, _) in PYTHON.items() if key != "autocast"} | EITHER
+WITH_REASON = PYTHON | EVAL_ONLY
+ALL = GRAPHS | {key: case for key, (case, _) in WITH_REASON.items() if key != "autocast"} | EITHER
 
 
 def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
@@ -681,6 +690,20 @@ def test_stays_python_and_says_why(key: str) -> None:
         traced = trace(model, X)
     assert type(traced) is type(model)
     assert traced is not model
+
+
+@pytest.mark.parametrize("key", EVAL_ONLY)
+def test_is_a_graph_in_eval_and_runs_its_python_in_train(key: str) -> None:
+    case, why = EVAL_ONLY[key]
+    traced, messages = quietly(trace, make(case), X)
+    assert messages == []
+    assert isinstance(traced, fx.GraphModule)
+    (part,) = parts_of(traced)
+    assert re.search(why, part.reason)
+    with pytest.raises(
+        TraceError, match=r"cannot be pickled: its graph is that of eval.*; use fxbasis\.save"
+    ):
+        pickle.dumps(traced)
 
 
 WITHOUT_INPUTS = [key for key in PYTHON if key != "branch on a type"]
