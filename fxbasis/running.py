@@ -186,9 +186,13 @@ def load_values(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
 
 
 class Snapshot:
-    """The buffers of a module, object and values, and the random states, to be brought back."""
+    """The buffers and plain attributes of a module and the random states, to be brought back.
+
+    Until then the modules work on copies of their attributes, so that what is brought back was never touched.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self._attributes = _lend_copies(model)
         self._buffers = {
             f"{path}.{name}": (module._buffers, name, buffer, buffer.clone())
             for path, module in model.named_modules()
@@ -204,7 +208,11 @@ class Snapshot:
         return {name: values for name, (_, _, _, values) in self._buffers.items()}
 
     def restore(self) -> None:
-        """Bring back every buffer, object and values, and the random states."""
+        """Bring back attributes, every buffer, object and values, and the random states."""
+        for held, before in self._attributes:
+            for key in held.keys() - before.keys() - _MODULE_KEYS:
+                del held[key]
+            held.update(before)
         with torch.no_grad():
             for buffers, name, buffer, values in self._buffers.values():
                 buffers[name] = buffer.copy_(values)
@@ -214,6 +222,36 @@ class Snapshot:
         torch.set_rng_state(cpu)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
+
+
+_MODULE_KEYS = frozenset(vars(nn.Module())) | {"forward"}
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), nn.Module, nn.Parameter, torch.dtype)
+
+
+def _lend_copies(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Give every module copies of its attributes; returns the attributes of each, and what they held."""
+    memo: dict[int, Any] = {
+        id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())
+    }
+    lent = []
+    for module in model.modules():
+        held = vars(module)
+        before = {key: value for key, value in held.items() if key not in _MODULE_KEYS}
+        held.update(
+            {key: _copied(value, memo) for key, value in before.items() if not isinstance(value, _PLAIN)}
+        )
+        lent.append((held, before))
+    return lent
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy; of what has none, such as a list of results with gradients, a flat one; or itself."""
+    for way in (lambda: copy.deepcopy(value, memo), lambda: copy.copy(value)):
+        try:
+            return way()
+        except Exception:
+            continue
+    return value
 
 
 def become(old: nn.Module, new: nn.Module) -> None:

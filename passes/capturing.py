@@ -1,13 +1,15 @@
 """Symbolic tracing that notices what fx would change in silence.
 
-Symbolic tracing runs the model's Python once and keeps what it saw. Here it is run in train() and in eval(),
-on copies. A submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
+Symbolic tracing runs the model's Python once and keeps what it saw. Here it is run in several ways, on
+copies: in train() and in eval(), with parts in another mode than the whole, with and without gradients. A
+submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
 
-- fx fails (control flow on a value, ``len``, ``int``, iteration),
+- fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up by a value), also if that is caught,
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
-- an attribute of the module is set, which a graph does not do again,
-- train() and eval() do different things.
+- an attribute of the module or of its class is set, which a graph does not do again,
+- a tensor made from constants is changed in place, which a graph would do again at each call,
+- the ways differ.
 
 With one submodule all others of its class become leaves, so that a deep model is not traced once for each.
 When this happens in the forward of the traced module itself, there is no graph: ``ObstacleError``. When it
@@ -18,13 +20,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -45,6 +49,23 @@ class ContextError(ObstacleError):
 
 
 @dataclass(frozen=True)
+class _Way:
+    """The modes of modules by their depth, even and odd, and whether gradients are on.
+
+    Autocast is the opposite of that, so that no context of the model is the one that is already open.
+    """
+
+    training: tuple[bool, bool]
+    gradients: bool
+
+
+_EVAL = _Way((False, False), True)
+_EVAL_AROUND_TRAIN = _Way((False, True), True)
+_TRAIN = _Way((True, True), False)
+_TRAIN_AROUND_EVAL = _Way((True, False), True)
+
+
+@dataclass(frozen=True)
 class Capture:
     """The graph, the copy that was traced, and why the graph is that of eval() alone; empty if it is not."""
 
@@ -61,17 +82,20 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     """
     leaves: set[str] = set()
     while True:
-        graph = None
+        in_eval = False
         try:
-            graph, root = _symbolic(model, leaves, defaults, training=False)
-            other, other_root = _symbolic(model, leaves, defaults, training=True)
-            _check_same(graph, other)
-            _check_constants(graph, root, other_root)
+            graph, root = _symbolic(model, leaves, defaults, _EVAL)
+            _check_mutations(graph)
+            for way in (_EVAL_AROUND_TRAIN, _TRAIN, _TRAIN_AROUND_EVAL):
+                other, other_root = _symbolic(model, leaves, defaults, way)
+                _check_same(graph, other)
+                _check_constants(graph, root, other_root)
+                in_eval = True
             return Capture(graph, root)
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
                 leaves.update(_alike(model, obstacle.place))
-            elif graph is not None and not isinstance(obstacle, ContextError):
+            elif in_eval and not isinstance(obstacle, ContextError):
                 return Capture(graph, root, str(obstacle))
             else:
                 raise
@@ -87,6 +111,44 @@ def _alike(model: nn.Module, place: str) -> list[str]:
     ]
 
 
+class _Guarded(fx.Proxy):
+    """A value that is not known: what would need it is refused, also where the model catches the error."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def _refuse(self, what: str) -> Any:
+        self.tracer.refuse(f"it needs {what} of a value that is known only at run time")
+
+    def __hash__(self) -> int:
+        return cast(int, self._refuse("the hash"))
+
+    def __len__(self) -> int:
+        return cast(int, self._refuse("the length"))
+
+    def __index__(self) -> int:
+        return cast(int, self._refuse("the number"))
+
+    def __int__(self) -> int:
+        return cast(int, self._refuse("the number"))
+
+    def __float__(self) -> float:
+        return cast(float, self._refuse("the number"))
+
+    def __str__(self) -> str:
+        return cast(str, self._refuse("the text"))
+
+    def __format__(self, spec: str) -> str:
+        return cast(str, self._refuse("the text"))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        return self._refuse("the array")
+
+
+class _Attribute(fx.proxy.Attribute, _Guarded):
+    """An attribute of such a value."""
+
+
 class _Tracer(fx.Tracer):
     """fx's tracer with Conv2d, hooked modules, ScriptModules and the given names as leaves."""
 
@@ -94,6 +156,31 @@ class _Tracer(fx.Tracer):
         super().__init__(param_shapes_constant=True)
         self.leaves = leaves
         self.context = _open_contexts()
+        self.refused: ObstacleError | None = None
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Refuse to trace on; kept, since the model may catch it and go another way."""
+        self.refused = self.refused or ObstacleError(f"{reason} ({_caller()})", self.scope.module_path)
+        raise self.refused
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Guarded(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return cast(bool, self._noted(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        return self._noted(super().iter, obj)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return self._noted(super().keys, obj)
+
+    def _noted(self, function: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
+        try:
+            return function(obj)
+        except fx.proxy.TraceError as error:
+            said = str(error).partition(". ")[0]  # fx goes on with general advice
+            self.refuse(f"TraceError: {said}")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.leaves or isinstance(m, (nn.Conv2d, torch.jit.ScriptModule)):
@@ -157,16 +244,19 @@ def _blamed_on(place: str) -> Iterator[None]:
 
 
 def _symbolic(
-    model: nn.Module, leaves: Collection[str], defaults: Mapping[str, Any], *, training: bool
+    model: nn.Module, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way
 ) -> tuple[fx.Graph, nn.Module]:
     """The graph, and the copy that it was made from."""
     root = copy_model(model, share_parameters=True)
-    for module in root.modules():
-        module.training = training
+    for name, module in root.named_modules():
+        module.training = way.training[(name.count(".") + 1) % 2 if name else 0]
     own = {name: m for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     before = {name: _attributes(module) for name, module in own.items()}
-    with seeded(1), _contexts(training=training), _blamed_on(""):
-        graph = _Tracer(leaves).trace(root, concrete_args=dict(defaults) or None)
+    with seeded(1), _contexts(gradients=way.gradients), _blamed_on(""):
+        tracer = _Tracer(leaves)
+        graph = tracer.trace(root, concrete_args=dict(defaults) or None)
+        if tracer.refused:
+            raise tracer.refused
     constants = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     for name, module in own.items():
         changed = _changed(before[name], _attributes(module)) - (constants - set(before[name]))
@@ -179,18 +269,33 @@ def _symbolic(
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the module holds: tensors and modules themselves; of lists, dicts and objects what is in them."""
-    held = {key: _shallow(value) for key, value in vars(module).items() if key not in _REGISTERED}
-    return held | {key: part for name in _REGISTERED for key, part in vars(module)[name].items()}
+    """What the module holds: tensors and modules themselves; of anything else what is in it. And its classes."""
+    held = {key: _inside(value) for key, value in vars(module).items() if key not in _REGISTERED}
+    held |= {key: part for name in _REGISTERED for key, part in vars(module)[name].items()}
+    owners = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
+    return held | {
+        f"{owner.__name__}.{key}": _inside(value)
+        for owner in owners
+        for key, value in vars(owner).items()
+        if isinstance(value, (int, float, str, list, dict, set)) and not key.startswith("__")
+    }
 
 
-def _shallow(value: Any) -> Any:
-    if isinstance(value, dict):
-        return dict(value)
-    if isinstance(value, (list, set)):
-        return list(value)
-    plain = hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, nn.Module, type))
-    return value if callable(value) or not plain else dict(vars(value))
+def _inside(value: Any, depth: int = 4) -> Any:
+    """A picture of a value: containers and objects opened, random generators by their state."""
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return str(value.bit_generator.state)
+    if depth == 0 or isinstance(value, (str, torch.Tensor, nn.Module, type)) or callable(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _inside(part, depth - 1) for key, part in value.items()}
+    if isinstance(value, (Sequence, Set, deque)):
+        return [_inside(part, depth - 1) for part in value]
+    return _inside(dict(vars(value)), depth - 1) if hasattr(value, "__dict__") else value
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
@@ -206,23 +311,31 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _open_contexts() -> tuple[Any, ...]:
-    switches = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    return (*switches, torch._C._autograd._top_saved_tensors_default_hooks(True))
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+        *(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.get_default_dtype(),
+        torch.initial_seed(),
+    )
 
 
 @contextmanager
-def _contexts(*, training: bool) -> Iterator[None]:
-    """Other contexts in train() than in eval(), so that no context of the model is the one already open."""
-    before = _open_contexts()
-    torch.set_grad_enabled(not training)
-    torch.set_autocast_enabled("cpu", training)
-    torch.set_autocast_enabled("cuda", training)
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(before[0])
-        torch.set_autocast_enabled("cpu", before[1])
-        torch.set_autocast_enabled("cuda", before[2])
+def _contexts(*, gradients: bool) -> Iterator[None]:
+    """Gradients on and autocast off, or the other way round."""
+    before = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    with torch.set_grad_enabled(gradients):
+        for kind in ("cpu", "cuda"):
+            torch.set_autocast_enabled(kind, not gradients)
+        try:
+            yield
+        finally:
+            for kind, enabled in zip(("cpu", "cuda"), before, strict=True):
+                torch.set_autocast_enabled(kind, enabled)
 
 
 def _random_state() -> tuple[Any, ...]:
@@ -244,6 +357,17 @@ def _source_of(error: BaseException) -> str:
     return place
 
 
+def _caller() -> str:
+    """File and line of the innermost caller outside of torch and of this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith("<") and file != __file__:
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
 def definition_of(module: nn.Module) -> str:
     """File and line where the module's forward is defined."""
     try:
@@ -251,6 +375,23 @@ def definition_of(module: nn.Module) -> str:
     except AttributeError:
         return "unknown line"
     return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _check_mutations(graph: fx.Graph) -> None:
+    """Refuse a constant that is changed in place: it would be changed again at each call."""
+    for node in graph.find_nodes(op="get_attr"):
+        if str(node.target).startswith("_tensor_constant"):
+            for user in node.users:
+                if (user.args and user.args[0] is node and _in_place(user)) or node is user.kwargs.get("out"):
+                    raise ObstacleError("it changes a tensor made from constants in place", _owner(node))
+
+
+def _in_place(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    functional = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    if functional:
+        return name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
 
 
 def _check_same(graph: fx.Graph, other: fx.Graph) -> None:

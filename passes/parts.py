@@ -203,6 +203,7 @@ def _compared(
     output = original(*args, **kwargs)
     after = Snapshot(module)
     before.restore()
+    own = Snapshot(traced)
     traced.training = module.training
     what, remedy = f"its graph in {'train' if module.training else 'eval'}()", "it is kept as it is"
     try:
@@ -218,6 +219,7 @@ def _compared(
     except Exception as error:
         return output, f"{what} fails: {type(error).__name__}: {error}"
     finally:
+        own.restore()
         after.restore()
     return output, ""
 
