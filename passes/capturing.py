@@ -4,7 +4,7 @@ Symbolic tracing runs the model's Python once and keeps what it saw. Here it is 
 copies: in train() and in eval(), with parts in another mode than the whole, with and without gradients. A
 submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
 
-- fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up by a value), also if that is caught,
+- fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up), also where that is caught,
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
 - an attribute of the module or of its class is set, which a graph does not do again,
@@ -26,7 +26,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, NoReturn, cast
 
@@ -67,10 +67,11 @@ _TRAIN_AROUND_EVAL = _Way((True, False), True)
 
 @dataclass(frozen=True)
 class Capture:
-    """The graph, the copy that was traced, and why the graph is that of eval() alone; empty if it is not."""
+    """The graph, its constants by name, the submodules whose forward ran, and why it is of eval() alone."""
 
     graph: fx.Graph
-    root: nn.Module
+    constants: dict[str, Any]
+    entered: frozenset[str]
     eval_only: str = ""
 
 
@@ -82,21 +83,21 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     """
     leaves: set[str] = set()
     while True:
-        in_eval = False
+        in_eval, subject = False, _Subject(model)
         try:
-            graph, root = _symbolic(model, leaves, defaults, _EVAL)
-            _check_mutations(graph)
+            found = subject.trace(leaves, defaults, _EVAL)
+            _check_mutations(found.graph)
             for way in (_EVAL_AROUND_TRAIN, _TRAIN, _TRAIN_AROUND_EVAL):
-                other, other_root = _symbolic(model, leaves, defaults, way)
-                _check_same(graph, other)
-                _check_constants(graph, root, other_root)
+                other = subject.trace(leaves, defaults, way)
+                _check_same(found, other)
+                _check_constants(found, other)
                 in_eval = True
-            return Capture(graph, root)
+            return found
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
                 leaves.update(_alike(model, obstacle.place))
             elif in_eval and not isinstance(obstacle, ContextError):
-                return Capture(graph, root, str(obstacle))
+                return replace(found, eval_only=str(obstacle))
             else:
                 raise
 
@@ -118,7 +119,7 @@ class _Guarded(fx.Proxy):
         return _Attribute(self, name)
 
     def _refuse(self, what: str) -> Any:
-        self.tracer.refuse(f"it needs {what} of a value that is known only at run time")
+        cast(_Tracer, self.tracer).refuse(f"it needs {what} of a value that is known only at run time")
 
     def __hash__(self) -> int:
         return cast(int, self._refuse("the hash"))
@@ -157,6 +158,7 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
         self.context = _open_contexts()
         self.refused: ObstacleError | None = None
+        self.entered: set[str] = set()
 
     def refuse(self, reason: str) -> NoReturn:
         """Refuse to trace on; kept, since the model may catch it and go another way."""
@@ -191,6 +193,7 @@ class _Tracer(fx.Tracer):
         place = self.path_of_module(m)
         if self.is_leaf_module(m, place):
             return super().call_module(m, forward, args, kwargs)
+        self.entered.add(place)
         with _blamed_on(place):
             return super().call_module(m, forward, args, kwargs)
 
@@ -243,33 +246,44 @@ def _blamed_on(place: str) -> Iterator[None]:
         raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
 
 
-def _symbolic(
-    model: nn.Module, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way
-) -> tuple[fx.Graph, nn.Module]:
-    """The graph, and the copy that it was made from."""
-    root = copy_model(model, share_parameters=True)
-    for name, module in root.named_modules():
-        module.training = way.training[(name.count(".") + 1) % 2 if name else 0]
-    own = {name: m for name, m in root.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-    before = {name: _attributes(module) for name, module in own.items()}
-    with seeded(1), _contexts(gradients=way.gradients), _blamed_on(""):
-        tracer = _Tracer(leaves)
-        graph = tracer.trace(root, concrete_args=dict(defaults) or None)
-        if tracer.refused:
-            raise tracer.refused
-    constants = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    for name, module in own.items():
-        changed = _changed(before[name], _attributes(module)) - (constants - set(before[name]))
-        if changed:
-            raise ObstacleError(f"it sets its attribute {min(changed)}, which a graph would not", name)
-    for node in graph.find_nodes(op="placeholder"):
-        name = str(node.target).rpartition("_")[0]
-        node.target = name if name in defaults else node.target
-    return graph, root
+class _Subject:
+    """A copy of the model that is traced in several ways, and has to come out of each as it went in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root = copy_model(model, share_parameters=True)
+        named = self.root.named_modules()
+        self.own = {name: m for name, m in named if not isinstance(m, torch.jit.ScriptModule)}
+        self.before = {name: _attributes(module) for name, module in self.own.items()}
+
+    def trace(self, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> Capture:
+        """The graph of one way."""
+        for name, module in self.own.items():
+            module.training = way.training[(name.count(".") + 1) % 2 if name else 0]
+            self.before[name]["training"] = module.training
+        with seeded(1), _contexts(gradients=way.gradients), _blamed_on(""):
+            tracer = _Tracer(leaves)
+            graph = tracer.trace(self.root, concrete_args=dict(defaults) or None)
+            if tracer.refused:
+                raise tracer.refused
+        constants = self._take_constants(graph)
+        for name, module in self.own.items():
+            changed = _changed(self.before[name], _attributes(module))
+            if changed:
+                raise ObstacleError(f"it sets its attribute {min(changed)}, which a graph would not", name)
+        for node in graph.find_nodes(op="placeholder"):
+            name = str(node.target).rpartition("_")[0]
+            node.target = name if name in defaults else node.target
+        return Capture(graph, constants, frozenset(tracer.entered))
+
+    def _take_constants(self, graph: fx.Graph) -> dict[str, Any]:
+        """What fx put on the copy for the graph, taken off again."""
+        names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        made = {name for name in names - self.before[""].keys() if name in vars(self.root)}
+        return {name: vars(self.root).pop(name) for name in made}
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the module holds: tensors and modules themselves; of anything else what is in it. And its classes."""
+    """What the module and its classes hold: tensors and modules themselves; of the rest what is in it."""
     held = {key: _inside(value) for key, value in vars(module).items() if key not in _REGISTERED}
     held |= {key: part for name in _REGISTERED for key, part in vars(module)[name].items()}
     owners = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
@@ -394,18 +408,23 @@ def _in_place(node: fx.Node) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
 
 
-def _check_same(graph: fx.Graph, other: fx.Graph) -> None:
-    """Refuse graphs that differ, naming the submodule in whose own forward they part."""
+def _check_same(found: Capture, other: Capture) -> None:
+    """Refuse graphs that differ, naming the submodule in whose own forward they part.
+
+    What only one of them does, the innermost module that both entered does or calls.
+    """
+    entered = found.entered & other.entered
     reason = "train() and eval() take different ways, first at"
-    one, two = _by_owner(graph), _by_owner(other)
+    one, two = _by_owner(found.graph), _by_owner(other.graph)
     for place in sorted({*one} & {*two}, reverse=True):  # the traced module itself, "", last
         for a, b in zip_longest(one[place], two[place]):
             if a is None or b is None or (a.op, a.target) != (b.op, b.target):
                 raise ObstacleError(f"{reason} {(a or b).name!r}", place)
     for place in sorted({*one} ^ {*two}):
         node = (one.get(place) or two[place])[0]
-        raise ObstacleError(f"{reason} {node.name!r}", _caller(node, _entered(graph) & _entered(other)))
-    for a, b in zip(graph.nodes, other.nodes, strict=True):
+        around = [path for path in _stack(node) if path in entered]
+        raise ObstacleError(f"{reason} {node.name!r}", around[-1] if around else "")
+    for a, b in zip(found.graph.nodes, other.graph.nodes, strict=True):
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
             raise ObstacleError(f"{reason} {a.name!r}", _owner(a))
 
@@ -429,20 +448,10 @@ def _stack(node: fx.Node) -> list[str]:
     return [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
-def _entered(graph: fx.Graph) -> set[str]:
-    """Every submodule whose forward ran."""
-    return {path for node in graph.nodes for path in _stack(node)}
-
-
-def _caller(node: fx.Node, entered: set[str]) -> str:
-    """The innermost module around a node that both graphs entered: it called what the other did not."""
-    return next((path for path in reversed(_stack(node)) if path in entered), "")
-
-
-def _check_constants(graph: fx.Graph, root: nn.Module, other: nn.Module) -> None:
-    for node in graph.find_nodes(op="get_attr"):
+def _check_constants(found: Capture, other: Capture) -> None:
+    for node in found.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        one, two = (part.__dict__.get(name) for part in (root, other))
+        one, two = found.constants.get(name), other.constants.get(name)
         if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor):
             continue
         if one.shape != two.shape or not bool(((one == two) | (one != one)).all()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -86,24 +87,26 @@ def _by_mode(evaluated: Any, trained: Any) -> Any:
     return forward
 
 
-def as_graph(module: nn.Module, graph: fx.Graph, root: nn.Module, eval_only: str = "") -> TracedModule:
-    """A graph on the submodules and tensors of ``module``; ``root`` is the copy that was traced.
+def as_graph(
+    module: nn.Module, graph: fx.Graph, constants: Mapping[str, Any], eval_only: str = ""
+) -> TracedModule:
+    """A graph on the submodules and tensors of ``module``, and on constants that its forward makes.
 
-    Tensors that forward makes from constants become buffers outside of the state_dict. ``eval_only`` is why
-    the graph does not serve in train(), where it does not.
+    Constant tensors become buffers outside of the state_dict. ``eval_only`` is why the graph does not serve
+    in train(), where it does not.
 
     Raises:
         ObstacleError: when the class or the graph cannot be a GraphModule.
     """
     _check_class(module)
-    constants = _lend_constants(graph, root, module)
+    _lend(constants, module)
     try:
         return _traced_class(type(module), eval_only)(module, graph, type(module).__name__)
     except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
         raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
     finally:
         module._buffers = {key: value for key, value in module._buffers.items() if key not in constants}
-        module._non_persistent_buffers_set = module._non_persistent_buffers_set - constants
+        module._non_persistent_buffers_set = module._non_persistent_buffers_set - set(constants)
         for key in constants:
             module.__dict__.pop(key, None)
 
@@ -140,16 +143,9 @@ def _check_class(module: nn.Module) -> None:
         raise ObstacleError(f"its attribute {min(taken)} has another meaning in a graph")
 
 
-def _lend_constants(graph: fx.Graph, root: nn.Module, module: nn.Module) -> set[str]:
-    """Put the constants of the traced copy into the module; returns their names."""
-    lent = set()
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if "." not in name and not hasattr(module, name):
-            value = getattr(root, name)
-            if isinstance(value, torch.Tensor):
-                module.register_buffer(name, value, persistent=False)
-            else:
-                setattr(module, name, value)
-            lent.add(name)
-    return lent
+def _lend(constants: Mapping[str, Any], module: nn.Module) -> None:
+    for name, value in constants.items():
+        if isinstance(value, torch.Tensor):
+            module.register_buffer(name, value, persistent=False)
+        else:
+            setattr(module, name, value)

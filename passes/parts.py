@@ -164,7 +164,7 @@ def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
     """The graph of one module, for calls that give these arguments."""
     try:
         captured = capture(module, _defaults(module, given))
-        return as_graph(module, captured.graph, captured.root, captured.eval_only)
+        return as_graph(module, captured.graph, captured.constants, captured.eval_only)
     except ObstacleError as obstacle:
         line = "" if ".py:" in str(obstacle) else f" ({definition_of(module)})"
         raise ObstacleError(f"{obstacle}{line}") from obstacle
