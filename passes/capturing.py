@@ -4,7 +4,7 @@ Symbolic tracing runs the model's Python once and keeps what it saw. Here it is 
 copies: in train() and in eval(), with parts in another mode than the whole, with and without gradients. A
 submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
 
-- fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up by a value), also if that is caught,
+- fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up), also where that is caught,
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
 - an attribute of the module or of its class is set, which a graph does not do again,
@@ -74,6 +74,15 @@ class Capture:
     eval_only: str = ""
 
 
+@dataclass(frozen=True)
+class _Trace:
+    """One graph, the copy that it was made from, and from which submodule each submodule was called."""
+
+    graph: fx.Graph
+    root: nn.Module
+    callers: Mapping[str, str]
+
+
 def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     """Trace a module symbolically; ``defaults`` are arguments of forward with the value that they keep.
 
@@ -84,19 +93,19 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     while True:
         in_eval = False
         try:
-            graph, root = _symbolic(model, leaves, defaults, _EVAL)
-            _check_mutations(graph)
+            one = _symbolic(model, leaves, defaults, _EVAL)
+            _check_mutations(one.graph)
             for way in (_EVAL_AROUND_TRAIN, _TRAIN, _TRAIN_AROUND_EVAL):
-                other, other_root = _symbolic(model, leaves, defaults, way)
-                _check_same(graph, other)
-                _check_constants(graph, root, other_root)
+                other = _symbolic(model, leaves, defaults, way)
+                _check_same(one, other)
+                _check_constants(one, other.root)
                 in_eval = True
-            return Capture(graph, root)
+            return Capture(one.graph, one.root)
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
                 leaves.update(_alike(model, obstacle.place))
             elif in_eval and not isinstance(obstacle, ContextError):
-                return Capture(graph, root, str(obstacle))
+                return Capture(one.graph, one.root, str(obstacle))
             else:
                 raise
 
@@ -115,10 +124,12 @@ class _Guarded(fx.Proxy):
     """A value that is not known: what would need it is refused, also where the model catches the error."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array_"):
+            self._refuse("the array")
         return _Attribute(self, name)
 
     def _refuse(self, what: str) -> Any:
-        self.tracer.refuse(f"it needs {what} of a value that is known only at run time")
+        cast(_Tracer, self.tracer).refuse(f"it needs {what} of a value that is known only at run time")
 
     def __hash__(self) -> int:
         return cast(int, self._refuse("the hash"))
@@ -157,6 +168,7 @@ class _Tracer(fx.Tracer):
         self.leaves = leaves
         self.context = _open_contexts()
         self.refused: ObstacleError | None = None
+        self.callers: dict[str, str] = {}
 
     def refuse(self, reason: str) -> NoReturn:
         """Refuse to trace on; kept, since the model may catch it and go another way."""
@@ -189,6 +201,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         place = self.path_of_module(m)
+        self.callers.setdefault(place, self.scope.module_path)
         if self.is_leaf_module(m, place):
             return super().call_module(m, forward, args, kwargs)
         with _blamed_on(place):
@@ -243,10 +256,7 @@ def _blamed_on(place: str) -> Iterator[None]:
         raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
 
 
-def _symbolic(
-    model: nn.Module, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way
-) -> tuple[fx.Graph, nn.Module]:
-    """The graph, and the copy that it was made from."""
+def _symbolic(model: nn.Module, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> _Trace:
     root = copy_model(model, share_parameters=True)
     for name, module in root.named_modules():
         module.training = way.training[(name.count(".") + 1) % 2 if name else 0]
@@ -265,13 +275,13 @@ def _symbolic(
     for node in graph.find_nodes(op="placeholder"):
         name = str(node.target).rpartition("_")[0]
         node.target = name if name in defaults else node.target
-    return graph, root
+    return _Trace(graph, root, tracer.callers)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the module holds: tensors and modules themselves; of anything else what is in it. And its classes."""
+    """What the module and its classes hold: tensors and modules themselves; of the rest what is in it."""
     held = {key: _inside(value) for key, value in vars(module).items() if key not in _REGISTERED}
-    held |= {key: part for name in _REGISTERED for key, part in vars(module)[name].items()}
+    held |= {key: _inside(part) for name in _REGISTERED for key, part in vars(module)[name].items()}
     owners = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
     return held | {
         f"{owner.__name__}.{key}": _inside(value)
@@ -282,14 +292,16 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _inside(value: Any, depth: int = 4) -> Any:
-    """A picture of a value: containers and objects opened, random generators by their state."""
+    """A picture of a value: containers and objects opened, random generators and tensors by their state."""
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, np.random.Generator):
         return str(value.bit_generator.state)
-    if depth == 0 or isinstance(value, (str, torch.Tensor, nn.Module, type)) or callable(value):
+    if isinstance(value, torch.Tensor):
+        return value, None if value.is_inference() else value._version
+    if depth == 0 or isinstance(value, (str, nn.Module, type)) or callable(value):
         return value
     if isinstance(value, Mapping):
         return {key: _inside(part, depth - 1) for key, part in value.items()}
@@ -382,29 +394,37 @@ def _check_mutations(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if str(node.target).startswith("_tensor_constant"):
             for user in node.users:
-                if (user.args and user.args[0] is node and _in_place(user)) or node is user.kwargs.get("out"):
+                if node is user.kwargs.get("out") or (node in user.args[:1] and _in_place(user)):
                     raise ObstacleError("it changes a tensor made from constants in place", _owner(node))
 
 
 def _in_place(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    functional = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-    if functional:
-        return name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+    return name.rstrip("_") + "_" == name or node.kwargs.get("inplace") is True
 
 
-def _check_same(graph: fx.Graph, other: fx.Graph) -> None:
-    """Refuse graphs that differ, naming the first submodule whose own nodes do."""
+def _check_same(one: _Trace, two: _Trace) -> None:
+    """Refuse graphs that differ, naming the innermost submodule whose own nodes or calls do."""
     reason = "train() and eval() take different ways"
-    one, two = _by_owner(graph), _by_owner(other)
-    for place in sorted({*one, *two}, reverse=True):  # the traced module itself, "", last
-        for a, b in zip_longest(one.get(place, ()), two.get(place, ())):
-            if a is None or b is None or (a.op, a.target) != (b.op, b.target):
+    owned, other = _by_owner(one.graph), _by_owner(two.graph)
+    places = {*owned, *other} & ({*one.callers} & {*two.callers} | {""})
+    for place in sorted(places, reverse=True):  # the traced module itself, "", last
+        for a, b in zip_longest(owned.get(place, ()), other.get(place, ())):
+            if a is None or b is None or _own_work(a) != _own_work(b):
                 raise ObstacleError(f"{reason}, first at {(a or b).name!r}", place)
-    for a, b in zip(graph.nodes, other.nodes, strict=True):
+    callers = {**one.callers, **two.callers}
+    for place in sorted({*one.callers} ^ {*two.callers}, key=lambda name: callers[name], reverse=True):
+        raise ObstacleError(f"{reason}, first at {place!r}", callers[place])
+    for a, b in zip(one.graph.nodes, two.graph.nodes, strict=True):
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
             raise ObstacleError(f"{reason}, first at {a.name!r}", _owner(a))
+
+
+def _own_work(node: fx.Node) -> tuple[Any, ...]:
+    """What the node does, whichever nodes it is given."""
+    return node.op, node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: None))
 
 
 def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:
@@ -422,10 +442,10 @@ def _owner(node: fx.Node) -> str:
     return stack[-1] if stack else ""
 
 
-def _check_constants(graph: fx.Graph, root: nn.Module, other: nn.Module) -> None:
-    for node in graph.find_nodes(op="get_attr"):
+def _check_constants(trace: _Trace, other: nn.Module) -> None:
+    for node in trace.graph.find_nodes(op="get_attr"):
         name = str(node.target)
-        one, two = (part.__dict__.get(name) for part in (root, other))
+        one, two = (part.__dict__.get(name) for part in (trace.root, other))
         if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor):
             continue
         if one.shape != two.shape or not bool(((one == two) | (one != one)).all()):
