@@ -193,6 +193,9 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes = _lend_copies(model)
+        self._members = [
+            (members, dict(members)) for module in model.modules() for members in _members_of(module)
+        ]
         self._buffers = {
             f"{path}.{name}": (module._buffers, name, buffer, buffer.clone())
             for path, module in model.named_modules()
@@ -213,6 +216,9 @@ class Snapshot:
             for key in held.keys() - before.keys() - _MODULE_KEYS:
                 del held[key]
             held.update(before)
+        for members, names in self._members:  # what a forward adds, or puts where None was
+            members.clear()
+            members.update(names)
         with torch.no_grad():
             for buffers, name, buffer, values in self._buffers.values():
                 buffers[name] = buffer.copy_(values)
@@ -224,34 +230,39 @@ class Snapshot:
             torch.cuda.set_rng_state_all(self._cuda)
 
 
+def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return ()
+    return module._buffers, module._parameters, module._modules
+
+
 _MODULE_KEYS = frozenset(vars(nn.Module())) | {"forward"}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), nn.Module, nn.Parameter, torch.dtype)
 
 
 def _lend_copies(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Give every module copies of its attributes; returns the attributes of each, and what they held."""
-    memo: dict[int, Any] = {
-        id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())
-    }
+    parts = (*model.modules(), *model.parameters(), *model.buffers())
+    memo: dict[int, Any] = {id(part): part for part in parts}
     lent = []
     for module in model.modules():
         held = vars(module)
         before = {key: value for key, value in held.items() if key not in _MODULE_KEYS}
-        held.update(
-            {key: _copied(value, memo) for key, value in before.items() if not isinstance(value, _PLAIN)}
-        )
+        deep = {key: value for key, value in before.items() if not isinstance(value, _PLAIN)}
+        held.update({key: _copied(value, memo) for key, value in deep.items()})
         lent.append((held, before))
     return lent
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy; of what has none, such as a list of results with gradients, a flat one; or itself."""
-    for way in (lambda: copy.deepcopy(value, memo), lambda: copy.copy(value)):
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
         try:
-            return way()
+            return copy.copy(value)
         except Exception:
-            continue
-    return value
+            return value
 
 
 def become(old: nn.Module, new: nn.Module) -> None:

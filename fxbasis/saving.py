@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .compression import plan_of
-from .errors import PlanError
+from .errors import PlanError, UsageError
 from .files import made_folder, write_through, write_whole
 from .passes.rewriting import check_plan, rewrite
 from .passes.tracing import parts_of, retrace
@@ -100,6 +100,12 @@ def save_state(model: nn.Module, path: Path) -> None:
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor of the state_dict once; and for every other name of it, the one it has there."""
     state = model.state_dict(keep_vars=True)
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"{key} is a {type(value).__name__}, which safetensors cannot hold; "
+                "keep it in a buffer, or use torch.save"
+            )
     first: dict[int, str] = {}
     names = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
     return {key: state[key] for key in first.values()}, names

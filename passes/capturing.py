@@ -116,6 +116,8 @@ class _Guarded(fx.Proxy):
     """A value that is not known: what would need it is refused, also where the model catches the error."""
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array_"):
+            self._refuse("the array")
         return _Attribute(self, name)
 
     def _refuse(self, what: str) -> Any:
@@ -285,7 +287,7 @@ class _Subject:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What the module and its classes hold: tensors and modules themselves; of the rest what is in it."""
     held = {key: _inside(value) for key, value in vars(module).items() if key not in _REGISTERED}
-    held |= {key: part for name in _REGISTERED for key, part in vars(module)[name].items()}
+    held |= {key: _inside(part) for name in _REGISTERED for key, part in vars(module)[name].items()}
     owners = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
     return held | {
         f"{owner.__name__}.{key}": _inside(value)
@@ -296,14 +298,16 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _inside(value: Any, depth: int = 4) -> Any:
-    """A picture of a value: containers and objects opened, random generators by their state."""
+    """A picture of a value: containers and objects opened, random generators and tensors by their state."""
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if isinstance(value, random.Random):
         return value.getstate()
     if isinstance(value, np.random.Generator):
         return str(value.bit_generator.state)
-    if depth == 0 or isinstance(value, (str, torch.Tensor, nn.Module, type)) or callable(value):
+    if isinstance(value, torch.Tensor):
+        return value, None if value.is_inference() else value._version
+    if depth == 0 or isinstance(value, (str, nn.Module, type)) or callable(value):
         return value
     if isinstance(value, Mapping):
         return {key: _inside(part, depth - 1) for key, part in value.items()}
@@ -396,16 +400,15 @@ def _check_mutations(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if str(node.target).startswith("_tensor_constant"):
             for user in node.users:
-                if (user.args and user.args[0] is node and _in_place(user)) or node is user.kwargs.get("out"):
+                if node is user.kwargs.get("out") or (node in user.args[:1] and _in_place(user)):
                     raise ObstacleError("it changes a tensor made from constants in place", _owner(node))
 
 
 def _in_place(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
-    functional = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-    if functional:
-        return name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, f"__{name}__"))
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__"))
+    return name.rstrip("_") + "_" == name or node.kwargs.get("inplace") is True
 
 
 def _check_same(found: Capture, other: Capture) -> None:
@@ -418,7 +421,7 @@ def _check_same(found: Capture, other: Capture) -> None:
     one, two = _by_owner(found.graph), _by_owner(other.graph)
     for place in sorted({*one} & {*two}, reverse=True):  # the traced module itself, "", last
         for a, b in zip_longest(one[place], two[place]):
-            if a is None or b is None or (a.op, a.target) != (b.op, b.target):
+            if a is None or b is None or _own_work(a) != _own_work(b):
                 raise ObstacleError(f"{reason} {(a or b).name!r}", place)
     for place in sorted({*one} ^ {*two}):
         node = (one.get(place) or two[place])[0]
@@ -427,6 +430,11 @@ def _check_same(found: Capture, other: Capture) -> None:
     for a, b in zip(found.graph.nodes, other.graph.nodes, strict=True):
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
             raise ObstacleError(f"{reason} {a.name!r}", _owner(a))
+
+
+def _own_work(node: fx.Node) -> tuple[Any, ...]:
+    """What the node does, whichever nodes it is given."""
+    return node.op, node.target, str(fx.node.map_arg((node.args, node.kwargs), lambda _: None))
 
 
 def _by_owner(graph: fx.Graph) -> dict[str, list[fx.Node]]:

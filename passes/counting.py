@@ -66,7 +66,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         for name, module in model.named_modules():
             enter, leave = hooks(name)
-            if name:
+            if name and not isinstance(module, torch.jit.ScriptModule):  # some of those take no hooks
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)
 

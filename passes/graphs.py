@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+from abc import ABCMeta
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -51,6 +52,9 @@ class TracedModule(fx.GraphModule, _Blank):
         for key, value in root.__dict__.items():
             if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
                 self.__dict__[key] = value
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Leave out what the model's class does for its subclasses, such as keeping a register of them."""
 
     def recompile(self) -> Any:
         """Make forward from the graph; in train() that of the model's class, where the graph is eval()'s."""
@@ -135,6 +139,8 @@ def _check_class(module: nn.Module) -> None:
     own = [name for name in _OWN if getattr(type(module), name, None) is not getattr(nn.Module, name, None)]
     if own:
         raise ObstacleError(f"its class has its own {own[0]}")
+    if type(type(module)) not in (type, ABCMeta):
+        raise ObstacleError(f"its class has the metaclass {type(type(module)).__name__}")
     reserved = {*vars(fx.GraphModule), *vars(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
     classes = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
     held = {*vars(module), *module._modules, *module._parameters, *module._buffers}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -55,6 +56,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)) or hasattr(copied, PARTS):
         return copied
     parts = find_parts(copied, example_inputs)
+    _copy_parameters(model, copied)
     setattr(copied, PARTS, parts)
     message = _message(type(model).__name__, parts)
     if message:
@@ -100,6 +102,15 @@ def refuse_lazy(model: nn.Module) -> None:
             raise LayerError(
                 f"{name} ({type(module).__name__}) has no weight yet; run one forward pass of the model first"
             )
+
+
+def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Undo what forward did to parameters while the copy was proven."""
+    found = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if not parameter.is_meta:
+                found[name].copy_(parameter)
 
 
 def _message(kind: str, parts: tuple[Part, ...]) -> str:
