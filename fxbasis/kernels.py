@@ -225,7 +225,7 @@ def _probe(settled: nn.Conv2d, *, training: bool) -> dict[str, Any]:
     twin, recorder = copy_model(settled, share_parameters=True), _Recorder()
     name = type(settled).__name__
     with torch.no_grad(), seeded(int(training)), in_mode(twin, training):
-        x = _synthetic(settled, 5 if training else 2)
+        x, held = _synthetic(settled, 5 if training else 2), _held(twin)
         try:
             with recorder:
                 output = twin.forward(x)
@@ -233,14 +233,23 @@ def _probe(settled: nn.Conv2d, *, training: bool) -> dict[str, Any]:
             raise KernelError(
                 f"its class {name} fails on a synthetic input ({type(error).__name__}: {error})"
             ) from error
+        kept = sorted(key for key, value in _held(twin).items() if value is not held.get(key, held))
     if len(recorder.calls) != 1:
         raise KernelError(f"its class {name} makes {len(recorder.calls)} convolutions in its own forward")
+    if kept:
+        raise KernelError(f"its class {name} keeps {', '.join(kept)} from call to call")
     call = recorder.calls[0]
     if output is not call["output"]:
         raise KernelError(f"its class {name} changes the output of its convolution in its own forward")
     if call["bias"] is not settled.bias:
         raise KernelError(f"its class {name} uses another bias than the stored one")
     return call | {"prepared": call["input"] is not x}
+
+
+def _held(conv: nn.Conv2d) -> dict[str, Any]:
+    """Its attributes, parameters, buffers and modules."""
+    stores = {**conv._parameters, **conv._buffers, **conv._modules}
+    return {key: value for key, value in vars(conv).items() if not key.startswith("_")} | stores
 
 
 def _synthetic(conv: nn.Conv2d, extra: int) -> Tensor:
