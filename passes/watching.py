@@ -27,6 +27,7 @@ __all__ = ["FunctionalConv", "Seen", "readers_in", "watched_run"]
 REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
 _LIKE_THE_OTHER = ("type_as", "to", "view_as", "expand_as", "reshape_as")
+_KIND = ("shape", "dtype", "device", "ndim", "size", "dim", "is_floating_point")
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -102,9 +103,17 @@ def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) 
                 read[name] = f"its parameter is also {others[0]}"
     for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
         owner, _, key = str(node.target).rpartition(".")
-        if owner in layers:
-            read[owner] = f"its {key} is also read by node {next(iter(node.users), node).name}"
+        users = [user for user in node.users if not _asks_for_kind(user, node)]
+        if owner in layers and users:
+            read[owner] = f"its {key} is also read by node {users[0].name}"
     return read
+
+
+def _asks_for_kind(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node takes only shape, dtype or device of another."""
+    first = node in user.args[:1]
+    name = user.args[1] if user.target is getattr else getattr(user.target, "__name__", user.target)
+    return str(name) in _KIND or _makes_alike(str(name), first)
 
 
 def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, list[tuple[int, torch.Size]]]:
@@ -210,9 +219,11 @@ class _Watch(TorchFunctionMode):
 def _uses_values(func: Any, first: bool, output: Any) -> bool:
     """Whether the function does more with a tensor than to look at its shape, dtype or device."""
     name = str(getattr(func, "__name__", ""))
-    if name.endswith("_like") or name.startswith("new_") or (name in _LIKE_THE_OTHER and not first):
-        return False
-    return name in _TO_PYTHON or bool(tensors_of(output))
+    return not _makes_alike(name, first) and (name in _TO_PYTHON or bool(tensors_of(output)))
+
+
+def _makes_alike(name: str, first: bool) -> bool:
+    return name.endswith("_like") or name.startswith("new_") or (name in _LIKE_THE_OTHER and not first)
 
 
 def _source() -> str:

@@ -134,13 +134,15 @@ class LooksAtAttributes(Base):
         weight = self.conv.weight
         x = x.to(weight.dtype).to(weight.device).type_as(weight).to(weight)
         assert weight.shape[0] == weight.size(0) == len(weight)
-        assert weight.dim() == 4
+        assert weight.dim() == weight.ndim == 4
         return x + torch.zeros_like(weight).sum() + weight.new_zeros(1) + self.conv.out_channels * 0
 
 
-def test_attributes_of_a_weight_may_be_read() -> None:
-    model = LooksAtAttributes().eval()
-    assert [record.status for record in number_convs(model, X)] == ["ok", "ok"]
+@python
+def test_attributes_of_a_weight_may_be_read(python: bool) -> None:
+    model = LooksAtAttributes(python).eval()
+    for one in (model, quiet(trace, model, X)):
+        assert [record.status for record in number_convs(one, X)] == ["ok", "ok"]
     full = quiet(compress, model, X, layers="re:.*", size=16)
     with torch.no_grad():
         assert close(model(X), full(X))
