@@ -8,9 +8,8 @@ the module becomes its graph, in place, so that whoever holds it holds the graph
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any, cast
@@ -22,8 +21,10 @@ from ..comparing import check_equal
 from ..errors import FxBasisError
 from ..forms import BasisConv2d
 from ..running import ExampleInputs, Snapshot, as_arguments, become, map_tensors
-from .capturing import capture, definition_of
+from .calls import given_arguments, left_defaults, wrapped
+from .capturing import capture
 from .graphs import ObstacleError, TracedModule, as_graph
+from .guarding import definition_of
 from .trials import run_trials
 
 __all__ = ["Part", "become_graphs", "find_parts"]
@@ -136,12 +137,12 @@ class _Search:
     def _arguments(self, name: str, module: nn.Module) -> Collection[str]:
         """The arguments that calls of the module give; refuses what is not called."""
         if self.inputs is None:
-            if name and _defaults(module, ()):
+            if name and left_defaults(module, ()):
                 raise ObstacleError("which of its arguments are given is unknown; pass example inputs")
             return ()
         if not name:
             args, kwargs = as_arguments(self.inputs)
-            return _bound(module, args, kwargs)
+            return given_arguments(module, args, kwargs)
         self.given = _given_arguments(self.model, self.inputs) if self.given is None else self.given
         if id(module) not in self.given:
             raise ObstacleError(_NOT_CALLED)
@@ -163,7 +164,7 @@ def _names(model: nn.Module) -> Iterator[str]:
 def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
     """The graph of one module, for calls that give these arguments."""
     try:
-        captured = capture(module, _defaults(module, given))
+        captured = capture(module, left_defaults(module, given))
         return as_graph(module, captured.graph, captured.constants, captured.eval_only)
     except ObstacleError as obstacle:
         line = "" if ".py:" in str(obstacle) else f" ({definition_of(module)})"
@@ -189,7 +190,7 @@ def _prove(
 
         return module, forward
 
-    with _wrapped(beside(name, *found) for name, found in captured.items()):
+    with wrapped(beside(name, *found) for name, found in captured.items()):
         outputs = run_trials(model, inputs)
     return failures | {name: _NOT_CALLED for name in captured if name not in called}, outputs
 
@@ -224,28 +225,6 @@ def _compared(
     return output, ""
 
 
-@contextmanager
-def _wrapped(wraps: Iterator[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Put a function around the forward of modules, however it is called."""
-    undo: list[tuple[nn.Module, Any]] = []
-    for module, around in wraps:
-        original = module.forward
-        undo.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = _around(original, around)
-    try:
-        yield
-    finally:
-        for module, replaced in undo:
-            if replaced is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = replaced
-
-
-def _around(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: around(original, *args, **kwargs)
-
-
 def _given_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[int, list[str]]:
     """For each module that is called with convolutions in it: the arguments of forward that calls give."""
     found: dict[int, list[str]] = {}
@@ -253,32 +232,15 @@ def _given_arguments(model: nn.Module, inputs: ExampleInputs) -> dict[int, list[
     def note(module: nn.Module) -> Any:
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             known = found.setdefault(id(module), [])
-            known += [name for name in _bound(module, args, kwargs) if name not in known]
+            known += [name for name in given_arguments(module, args, kwargs) if name not in known]
             return original(*args, **kwargs)
 
         return module, forward
 
     held = [module for module in model.modules() if _holds_convs(module) and not isinstance(module, _SINGLE)]
-    with _wrapped(note(module) for module in held):
+    with wrapped(note(module) for module in held):
         run_trials(model, inputs, example_only=True)
     return found
-
-
-def _bound(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
-    """Arguments of forward that a call gives."""
-    try:
-        return list(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)[1:]
-    except TypeError:
-        return []
-
-
-def _defaults(module: nn.Module, given: Collection[str]) -> dict[str, Any]:
-    """Arguments of forward that are left at their defaults."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(module).forward).parameters.items()
-        if parameter.default is not parameter.empty and name not in given
-    }
 
 
 def _become_graph(module: nn.Module, traced: TracedModule) -> None:

@@ -22,7 +22,9 @@ LAYERS = {
     1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
         "passes.graphs",
+        "passes.guarding",
         "passes.capturing",
+        "passes.calls",
         "passes.trials",
         "passes.parts",
         "passes.tracing",

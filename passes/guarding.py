@@ -1,0 +1,240 @@
+"""A tracer that refuses what fx would record wrongly, and blames the submodule that does it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.proxy import ParameterProxy
+
+from ..forms import has_hooks
+from .graphs import ObstacleError
+
+__all__ = ["ContextError", "GuardedTracer", "blamed_on", "contexts", "definition_of"]
+
+_PASSES = str(Path(__file__).parent)
+
+
+class ContextError(ObstacleError):
+    """A context that a graph would drop, in whichever mode it was seen."""
+
+
+class _Guarded(fx.Proxy):
+    """A value that is not known: what would need it is refused, also where the model catches the error."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array_"):
+            self._refuse("the array")
+        return _Attribute(self, name)
+
+    def _refuse(self, what: str) -> Any:
+        cast(GuardedTracer, self.tracer).refuse(f"it needs {what} of a value that is known only at run time")
+
+    def __hash__(self) -> int:
+        return cast(int, self._refuse("the hash"))
+
+    def __len__(self) -> int:
+        return cast(int, self._refuse("the length"))
+
+    def __index__(self) -> int:
+        return cast(int, self._refuse("the number"))
+
+    def __int__(self) -> int:
+        return cast(int, self._refuse("the number"))
+
+    def __float__(self) -> float:
+        return cast(float, self._refuse("the number"))
+
+    def __str__(self) -> str:
+        return cast(str, self._refuse("the text"))
+
+    def __format__(self, spec: str) -> str:
+        return cast(str, self._refuse("the text"))
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        return self._refuse("the array")
+
+
+class _Attribute(fx.proxy.Attribute, _Guarded):
+    """An attribute of such a value."""
+
+
+class GuardedTracer(fx.Tracer):
+    """fx's tracer with Conv2d, hooked modules, ScriptModules and the given names as leaves."""
+
+    def __init__(self, leaves: Collection[str] = ()) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.leaves = leaves
+        self.context = _open_contexts()
+        self.refused: ObstacleError | None = None
+        self.entered: set[str] = set()
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Refuse to trace on; kept, since the model may catch it and go another way."""
+        self.refused = self.refused or ObstacleError(f"{reason} ({_caller()})", self.scope.module_path)
+        raise self.refused
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A guarded value."""
+        return _Guarded(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Refused, as by fx, but for good."""
+        return cast(bool, self._noted(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """Refused where fx refuses, but for good."""
+        return self._noted(super().iter, obj)
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """Refused where fx refuses, but for good."""
+        return self._noted(super().keys, obj)
+
+    def _noted(self, function: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
+        try:
+            return function(obj)
+        except fx.proxy.TraceError as error:
+            said = str(error).partition(". ")[0]  # fx goes on with general advice
+            self.refuse(f"TraceError: {said}")
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Leaves of fx, convolutions, what is hooked or scripted, and the given names."""
+        if module_qualified_name in self.leaves or isinstance(m, (nn.Conv2d, torch.jit.ScriptModule)):
+            return True
+        return has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Enter a submodule that is no leaf; what goes wrong inside is its own."""
+        place = self.path_of_module(m)
+        if self.is_leaf_module(m, place):
+            return super().call_module(m, forward, args, kwargs)
+        self.entered.add(place)
+        with blamed_on(place):
+            return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A buffer is read at each call, as parameters are; fx would keep what was computed from it."""
+        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
+            for name, buffer in self.root.named_buffers():
+                if buffer is attr_val:
+                    proxy = functools.partial(_BufferProxy, self, name=name, buffer=buffer)
+                    return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=proxy)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refused while a context of the model is open."""
+        if _open_contexts() != self.context:
+            raise ContextError(
+                "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
+            )
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """An OrderedDict stays one."""
+        if type(a) is OrderedDict:  # fx would make it a dict
+            items = [self.create_arg((key, value)) for key, value in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        return super().create_arg(a)
+
+
+class _BufferProxy(ParameterProxy):
+    """A buffer whose shape is known while tracing, as ParameterProxy does it for parameters."""
+
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: torch.Tensor) -> None:
+        fx.Proxy.__init__(self, node, tracer)
+        self.param = buffer  # type: ignore[assignment]
+        self.name = name
+
+
+@contextmanager
+def blamed_on(place: str) -> Iterator[None]:
+    """What goes wrong inside is an obstacle in the submodule ``place``, unless it names another."""
+    before = _random_state()
+    try:
+        yield
+    except ObstacleError as obstacle:
+        if obstacle.place is None:
+            raise type(obstacle)(f"{obstacle} ({_source_of(obstacle)})", place) from obstacle
+        raise
+    except Exception as error:
+        said = str(error).partition(". ")[0]  # fx goes on with general advice
+        raise ObstacleError(f"{type(error).__name__}: {said} ({_source_of(error)})", place) from error
+    if _random_state() != before:
+        raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
+
+
+def _open_contexts() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
+        *(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+        torch.get_default_dtype(),
+        torch.initial_seed(),
+    )
+
+
+@contextmanager
+def contexts(*, gradients: bool) -> Iterator[None]:
+    """Gradients on and autocast off, or the other way round."""
+    before = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    with torch.set_grad_enabled(gradients):
+        for kind in ("cpu", "cuda"):
+            torch.set_autocast_enabled(kind, not gradients)
+        try:
+            yield
+        finally:
+            for kind, enabled in zip(("cpu", "cuda"), before, strict=True):
+                torch.set_autocast_enabled(kind, enabled)
+
+
+def _random_state() -> tuple[Any, ...]:
+    return (
+        bytes(torch.get_rng_state().numpy()),
+        random.getstate(),
+        np.random.get_state(legacy=False)["state"]["pos"],
+    )
+
+
+def _source_of(error: BaseException) -> str:
+    """File and line of the innermost frame outside of torch and of this package."""
+    place, frame = "unknown line", error.__traceback__
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith("<") and not file.startswith(_PASSES):
+            place = f"{file}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return place
+
+
+def _caller() -> str:
+    """File and line of the innermost caller outside of torch and of this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if "/torch/" not in file and not file.startswith("<") and not file.startswith(_PASSES):
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def definition_of(module: nn.Module) -> str:
+    """File and line where the module's forward is defined."""
+    try:
+        code = inspect.unwrap(type(module).forward).__code__
+    except AttributeError:
+        return "unknown line"
+    return f"{code.co_filename}:{code.co_firstlineno}"
