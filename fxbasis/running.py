@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -196,19 +198,14 @@ class Snapshot:
         self._members = [
             (members, dict(members)) for module in model.modules() for members in _members_of(module)
         ]
-        self._buffers = {
-            f"{path}.{name}": (module._buffers, name, buffer, buffer.clone())
-            for path, module in model.named_modules()
+        self._buffers = [
+            (module._buffers, name, buffer, buffer.clone())
+            for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
-        }
+        ]
         self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    @property
-    def values(self) -> dict[str, torch.Tensor]:
-        """What the buffers held, by name."""
-        return {name: values for name, (_, _, _, values) in self._buffers.items()}
 
     def restore(self) -> None:
         """Bring back attributes, every buffer, object and values, and the random states."""
@@ -220,7 +217,7 @@ class Snapshot:
             members.clear()
             members.update(names)
         with torch.no_grad():
-            for buffers, name, buffer, values in self._buffers.values():
+            for buffers, name, buffer, values in self._buffers:
                 buffers[name] = buffer.copy_(values)
         python, numpy, cpu = self._random
         random.setstate(python)
@@ -230,6 +227,11 @@ class Snapshot:
             torch.cuda.set_rng_state_all(self._cuda)
 
 
+def buffer_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the values of all buffers by name, those that are not in the state_dict too."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
+
+
 def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     if isinstance(module, torch.jit.ScriptModule):
         return ()
@@ -237,7 +239,9 @@ def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 
 _MODULE_KEYS = frozenset(vars(nn.Module())) | {"forward"}
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), nn.Module, nn.Parameter, torch.dtype)
+_PLAIN = frozenset(
+    {bool, int, float, complex, str, bytes, type(None), torch.dtype, types.FunctionType, torch.fx.Graph}
+)
 
 
 def _lend_copies(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -248,10 +252,15 @@ def _lend_copies(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]
     for module in model.modules():
         held = vars(module)
         before = {key: value for key, value in held.items() if key not in _MODULE_KEYS}
-        deep = {key: value for key, value in before.items() if not isinstance(value, _PLAIN)}
-        held.update({key: _copied(value, memo) for key, value in deep.items()})
+        held.update({key: _copied(value, memo) for key, value in before.items() if not _plain(value)})
         lent.append((held, before))
     return lent
+
+
+def _plain(value: Any) -> bool:
+    """Whether nothing in it can be changed in place; many attributes are such, and a deep copy takes long."""
+    kind = type(value)
+    return kind in _PLAIN or isinstance(value, nn.Module) or (kind is tuple and {*map(type, value)} <= _PLAIN)
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

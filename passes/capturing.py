@@ -110,7 +110,7 @@ class _Subject:
         self.root = copy_model(model, share_parameters=True)
         named = self.root.named_modules()
         self.own = {name: m for name, m in named if not isinstance(m, torch.jit.ScriptModule)}
-        self.before = {name: _attributes(module) for name, module in self.own.items()}
+        self.before = _pictures(self.own)
 
     def trace(self, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> Capture:
         """The graph of one way."""
@@ -123,8 +123,8 @@ class _Subject:
             if tracer.refused:
                 raise tracer.refused
         constants = self._take_constants(graph)
-        for name, module in self.own.items():
-            changed = _changed(self.before[name], _attributes(module))
+        for name, after in _pictures(self.own).items():
+            changed = _changed(self.before[name], after)
             if changed:
                 raise ObstacleError(f"it sets its attribute {min(changed)}, which a graph would not", name)
         for node in graph.find_nodes(op="placeholder"):
@@ -139,14 +139,22 @@ class _Subject:
         return {name: vars(self.root).pop(name) for name in made}
 
 
+def _pictures(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """What each module and its classes hold: tensors and modules themselves; of the rest what is in it."""
+    kinds = {type(module): _of_classes(type(module)) for module in modules.values()}
+    return {name: _attributes(module) | kinds[type(module)] for name, module in modules.items()}
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What the module and its classes hold: tensors and modules themselves; of the rest what is in it."""
     held = {key: _inside(value) for key, value in vars(module).items() if key not in _REGISTERED}
-    held |= {key: _inside(part) for name in _REGISTERED for key, part in vars(module)[name].items()}
-    owners = [owner for owner in type(module).__mro__ if not owner.__module__.startswith("torch.")]
-    return held | {
+    return held | {key: _inside(part) for name in _REGISTERED for key, part in vars(module)[name].items()}
+
+
+def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
+    return {
         f"{owner.__name__}.{key}": _inside(value)
-        for owner in owners
+        for owner in kind.__mro__
+        if not owner.__module__.startswith("torch.")
         for key, value in vars(owner).items()
         if isinstance(value, (int, float, str, list, dict, set)) and not key.startswith("__")
     }
@@ -154,6 +162,8 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _inside(value: Any, depth: int = 4) -> Any:
     """A picture of a value: containers and objects opened, random generators and tensors by their state."""
+    if depth == 0 or value is None or isinstance(value, (bool, int, float, str, type)):
+        return value
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if isinstance(value, random.Random):
@@ -162,7 +172,7 @@ def _inside(value: Any, depth: int = 4) -> Any:
         return str(value.bit_generator.state)
     if isinstance(value, torch.Tensor):
         return value, None if value.is_inference() else value._version
-    if depth == 0 or isinstance(value, (str, nn.Module, type)) or callable(value):
+    if callable(value):  # modules too
         return value
     if isinstance(value, Mapping):
         return {key: _inside(part, depth - 1) for key, part in value.items()}

@@ -20,7 +20,7 @@ from torch import fx, nn
 from ..comparing import check_equal
 from ..errors import FxBasisError
 from ..forms import BasisConv2d
-from ..running import ExampleInputs, Snapshot, as_arguments, become, map_tensors
+from ..running import ExampleInputs, Snapshot, as_arguments, become, buffer_values, map_tensors
 from .calls import given_arguments, left_defaults, wrapped
 from .capturing import capture
 from .graphs import ObstacleError, TracedModule, as_graph
@@ -202,7 +202,7 @@ def _compared(
     given, named = map_tensors(torch.clone, (args, kwargs))
     before = Snapshot(module)
     output = original(*args, **kwargs)
-    after = Snapshot(module)
+    after, expected = Snapshot(module), buffer_values(module)
     before.restore()
     own = Snapshot(traced)
     traced.training = module.training
@@ -211,10 +211,8 @@ def _compared(
         with redirect_stderr(StringIO()):  # a GraphModule prints its code when it fails
             found = type(traced).forward(traced, *given, **named)
         check_equal((output, args, kwargs), (found, given, named), what, remedy)
-        buffers = Snapshot(traced).values
-        check_equal(
-            after.values, {name: buffers[name] for name in after.values}, f"buffers after {what}", remedy
-        )
+        buffers = buffer_values(traced)
+        check_equal(expected, {name: buffers[name] for name in expected}, f"buffers after {what}", remedy)
     except FxBasisError as error:
         return output, str(error)
     except Exception as error:

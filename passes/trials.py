@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FxBasisError, InputError
-from ..running import ExampleInputs, Snapshot, batch_size, map_tensors, run, tensors_of, with_batch
+from ..running import (
+    ExampleInputs,
+    Snapshot,
+    batch_size,
+    buffer_values,
+    map_tensors,
+    run,
+    tensors_of,
+    with_batch,
+)
 
 __all__ = ["run_trials"]
 
@@ -57,7 +66,7 @@ def _attempt(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> _Run
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = run(model, inputs, training=training)
-        return output, Snapshot(model).values
+        return output, buffer_values(model)
     finally:
         before.restore()
 
