@@ -19,6 +19,7 @@ from fxbasis.running import (
     as_arguments,
     batch_size,
     become,
+    buffer_values,
     copy_model,
     describe,
     in_mode,
@@ -280,14 +281,15 @@ def test_copy_model_says_what_cannot_be_copied() -> None:
 def test_snapshot_gives_buffers_and_random_states_back() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
     before = [(id(buffer), buffer.tolist()) for buffer in model.buffers()]
-    kept = Snapshot(model)
+    kept, values = Snapshot(model), buffer_values(model)
     drawn = torch.rand(1), random.random(), np.random.rand()
     model(torch.randn(2, 3, 4, 4))
     model[0].running_mean = torch.ones(3)
     kept.restore()
     assert [(id(buffer), buffer.tolist()) for buffer in model.buffers()] == before
     assert drawn == (torch.rand(1), random.random(), np.random.rand())
-    assert list(kept.values) == ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+    assert list(values) == ["0.running_mean", "0.running_var", "0.num_batches_tracked"]
+    assert torch.equal(values["0.running_mean"], torch.zeros(3))
 
 
 class Versioned(nn.Linear):
