@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .errors import FxBasisWarning
-from .passes.numbering import OK, ConvRecord, ConvTable, number_convs
+from .passes.numbering import OK, UNSUPPORTED, ConvRecord, ConvTable, number_convs
 from .passes.profiling import profile
 from .passes.selection import rank_of
 from .passes.tracing import Part, parts_of, trace
@@ -34,7 +34,7 @@ class Diagnosis:
 
     Attributes:
         model: its class. parts: which submodules are graphs, and which stay Python and why.
-        convs: every convolution with its status and reason.
+        convs: every convolution with its status and reason; calls of F.conv2d in ``convs.functional``.
         macs: of the whole model on the example inputs, whole batch, everything that is counted.
         outlook: for each size in ``SIZES``, and for the smallest rank under the key ``"floor"``: MACs of the
             whole model under ``layers="all"`` over those of the dense one.
@@ -67,12 +67,14 @@ class Diagnosis:
             "model": self.model,
             "parts": [asdict(part) for part in self.parts],
             "convs": convs,
+            "functional": [asdict(call) for call in self.convs.functional],
             "macs": self.macs,
             "outlook": self.outlook,
         }
 
     def __str__(self) -> str:
-        sections = [self._convs(), self._counts(), self._traced()]
+        table = "\n".join([self._convs(), *map(str, self.convs.functional)])
+        sections = [table, self._counts(), self._traced()]
         if self.python_parts:
             rows = [[part.name or "(the model)", part.reason] for part in self.python_parts]
             sections.append(aligned(rows, ["stays Python", "obstacle"], left=["stays Python", "obstacle"]))
@@ -92,7 +94,7 @@ class Diagnosis:
             "x".join(map(str, weight)),
             f"{(record.macs or 0) / self.macs:.1%}" if self.macs else "-",
             "graph" if self.part_of(record.name).graph else "Python",
-            f"{shape.break_even_rank:.1f}",
+            "-" if record.status == UNSUPPORTED else f"{shape.break_even_rank:.1f}",
             f"{rank_of(record, 0.5) / shape.break_even_rank:.2f}" if record.status == OK else "-",
             f"{record.status}: {record.reason}" if record.reason else record.status,
         ]

@@ -93,6 +93,17 @@ def test_text_names_all_that_matters() -> None:
         assert part in text
 
 
+class CallsFunctional(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.conv2d(x, torch.eye(3)[..., None, None]))
+
+
+def test_functional_convolutions_are_listed() -> None:
+    found = doctor(CallsFunctional().eval(), X)
+    assert "weight (3, 3, 1, 1), output 16x16, 1 call, 4,608 MACs: functional: not a Conv2d" in str(found)
+    assert [call["macs"] for call in found.to_dict()["functional"]] == [4608]
+
+
 def test_nothing_to_gain() -> None:
     assert "nothing to compress" in str(doctor(nn.Sequential(nn.Flatten(), nn.Linear(768, 2)), X))
     assert "nothing to compress" in str(doctor(nn.Sequential(nn.Conv2d(3, 1, 1)), X))
