@@ -379,11 +379,12 @@ def test_opset(tmp_path: Path) -> None:
         export_onnx(Residual(), image(), tmp_path / "n.onnx", opset=99)
 
 
-def test_half_has_its_tolerance_and_float64_a_remedy(tmp_path: Path) -> None:
+def test_half_has_its_tolerance_and_float64_and_bfloat16_a_remedy(tmp_path: Path) -> None:
     conv = nn.Conv2d(4, 8, 3)
     assert export_onnx(copy.deepcopy(conv).half(), image().half(), tmp_path / "m.onnx").tolerance == 5e-3
-    with pytest.raises(ExportError, match=r"NOT_IMPLEMENTED.*; .*export model.float\(\) with float inputs$"):
-        export_onnx(conv.double(), image().double(), tmp_path / "n.onnx")
+    for dtype, said in ((torch.float64, "NOT_IMPLEMENTED"), (torch.bfloat16, "INVALID_GRAPH")):
+        with pytest.raises(ExportError, match=rf"{said}.*; .*export model.float\(\) with float inputs$"):
+            export_onnx(copy.deepcopy(conv).to(dtype), image().to(dtype), tmp_path / "n.onnx")
 
 
 def test_model_that_cannot_be_copied(tmp_path: Path) -> None:
