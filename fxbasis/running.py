@@ -87,7 +87,9 @@ def seeded(seed: int = 0) -> Iterator[None]:
     """Fix the random state inside (torch, Python, NumPy), and give the caller's own back afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed prepares devices that are not there
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
         random.seed(seed)
         np.random.seed(seed)
         try:
