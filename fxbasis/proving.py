@@ -40,8 +40,8 @@ def rewrite_difference(
     Raises:
         VerificationError: naming the layer, or the model when its wiring is at fault.
     """
-    reference: nn.Module = copy_model(original, share_parameters=True)
-    checked = copy_model(compressed, share_parameters=True)
+    reference: nn.Module = copy_model(original)
+    checked = copy_model(compressed)
     dense: dict[str, Any] = dict(conv_layers(reference))
     found = [Difference(0.0, 0.0)]
     calls: Counter[str] = Counter()

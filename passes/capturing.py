@@ -30,9 +30,10 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from ..contexts import contexts
 from ..running import copy_model, seeded
 from .graphs import ObstacleError
-from .guarding import ContextError, GuardedTracer, blamed_on, contexts
+from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 

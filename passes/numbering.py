@@ -192,7 +192,7 @@ def number_convs(
 
 
 def _seen(model: nn.Module, example_inputs: ExampleInputs) -> Seen:
-    copied = copy_model(model, share_parameters=True)
+    copied = copy_model(model)
     return watched_run(copied, conv_layers(copied), example_inputs)
 
 
