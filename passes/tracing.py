@@ -25,7 +25,7 @@ from .graphs import ObstacleError
 from .guarding import definition_of
 from .parts import Part, become_graphs, find_parts
 
-__all__ = ["Part", "parts_of", "retrace", "trace"]
+__all__ = ["Part", "parts_of", "python_in_train", "retrace", "trace"]
 
 PARTS = "fxbasis_parts"
 
@@ -79,6 +79,11 @@ def parts_of(traced: nn.Module) -> tuple[Part, ...]:
     """
     found: tuple[Part, ...] = getattr(traced, PARTS, ())
     return found or (Part("", isinstance(traced, fx.GraphModule)),)
+
+
+def python_in_train(traced: nn.Module) -> bool:
+    """Whether any part of a traced model runs the model's Python in train()."""
+    return any(not part.graph or bool(part.reason) for part in getattr(traced, PARTS, ()))
 
 
 def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:

@@ -11,7 +11,7 @@ from test_hard_modules import Base, X, assert_behaves_as, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxbasis import compress, fold, number_convs, parts_of, profile, trace
+from fxbasis import LayerError, VerificationError, compress, fold, number_convs, parts_of, profile, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 
@@ -132,3 +132,40 @@ def test_the_model_keeps_its_parameters_whatever_is_run(kind: Callable[[], nn.Mo
     profile(fold(small), X)
     number_convs(small, X)
     assert_same(values, list(small.parameters()), 0)
+
+
+class AsksForTheClassInTrain(Base):
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            x = self.conv(x) * 2 if isinstance(self.conv, nn.Conv2d) else x.repeat(1, 3, 1, 1)[:, :8]
+            return self.last(x)
+        return self.out(x)
+
+
+class ClampsInTrain(Base):
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            self.conv.weight.data.clamp_(-0.05, 0.05)
+        return self.out(x)
+
+
+class RegularisesInTrain(Base):
+    def forward(self, x: Tensor) -> Any:
+        y = self.out(x)
+        return (y, self.conv.weight.square().sum()) if self.training else y
+
+
+@pytest.mark.parametrize("kind", [ClampsInTrain, RegularisesInTrain])
+def test_a_weight_that_is_read_in_train_alone_is_left_alone(kind: Callable[[], nn.Module]) -> None:
+    model = kind()
+    first, second = number_convs(trace(model, X), X)
+    assert (first.status, second.status) == ("unsupported", "ok")
+    assert "its weight is also read by the forward of" in first.reason
+    with pytest.raises(LayerError, match=r"conv 1 \(conv\).*its weight is also read"):
+        compress(model, X, layers=1, size=4)
+    assert_behaves_as(model, compress(model, X, layers="re:.*", size=1.0))
+
+
+def test_a_way_that_train_alone_takes_is_proven_too() -> None:
+    with pytest.raises(VerificationError, match=r"conv 1 \(conv\).*its class is asked for"):
+        compress(AsksForTheClassInTrain(), X, layers="re:.*", size=1.0)
