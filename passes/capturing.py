@@ -8,6 +8,7 @@ submodule becomes a *leaf*, which stays Python and decides at run time, when in 
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
 - an attribute of the module or of its class is set, which a graph does not do again,
+- its own train() or eval() sets one, which a graph would have read once for all,
 - a tensor made from constants is changed in place, which a graph would do again at each call,
 - the ways differ.
 
@@ -73,7 +74,9 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     Raises:
         ObstacleError: when the module's own forward cannot be a graph.
     """
-    leaves: set[str] = set()
+    leaves = _switching(model)
+    if "" in leaves:
+        raise ObstacleError("its train() or eval() sets attributes, which a graph would not read", "")
     while True:
         in_eval, subject = False, _Subject(model)
         try:
@@ -102,6 +105,20 @@ def _alike(model: nn.Module, place: str) -> list[str]:
     return [
         name for name, module in model.named_modules(remove_duplicate=False) if name and type(module) is kind
     ]
+
+
+def _switching(model: nn.Module) -> set[str]:
+    """The names of submodules that get other attributes by a train() or eval() of somebody's own."""
+    kinds = {type(module) for module in model.modules()}
+    if all(kind.train is nn.Module.train and kind.eval is nn.Module.eval for kind in kinds):
+        return set()
+    copied = copy_model(model)  # with its own parameters, which train() may change
+    own = {name: m for name, m in copied.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    try:
+        before, after = _pictures(own | {"": copied.train()}), _pictures(own | {"": copied.eval()})
+    except Exception:  # one that refuses to be switched does not switch
+        return set()
+    return {name for name in own if _changed(before[name], after[name]) - {"training"}}
 
 
 class _Subject:

@@ -169,3 +169,44 @@ def test_a_weight_that_is_read_in_train_alone_is_left_alone(kind: Callable[[], n
 def test_a_way_that_train_alone_takes_is_proven_too() -> None:
     with pytest.raises(VerificationError, match=r"conv 1 \(conv\).*its class is asked for"):
         compress(AsksForTheClassInTrain(), X, layers="re:.*", size=1.0)
+
+
+class Switching(nn.Module):
+    """Keeps in an attribute what its train() was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.merged = nn.Conv2d(3, 8, 3, padding=1), False
+
+    def train(self, mode: bool = True) -> Any:
+        self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.conv(x) if self.merged else self.conv(x) * 3
+
+
+class SwitchingPart(Base):
+    def prepare(self) -> None:
+        self.conv = Switching()
+
+
+class OwnEval(Base):
+    mode = "train"
+
+    def eval(self) -> Any:
+        self.mode = "eval"
+        return super().eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x) * (2 if self.mode == "eval" else 1)
+
+
+@pytest.mark.parametrize("kind", [Switching, SwitchingPart, OwnEval])
+@pytest.mark.parametrize("inputs", [X, None], ids=["proven", "unproven"])
+def test_attributes_that_train_sets_are_read_at_each_call(kind: Callable[[], nn.Module], inputs: Any) -> None:
+    model = kind()
+    traced = trace(model, inputs)
+    assert_behaves_as(model, traced)
+    assert_behaves_as(model, compress(model, X, layers="re:.*", size=1.0))
+    assert_same(copy.deepcopy(model).eval()(X), traced.eval()(X), 1e-5)
