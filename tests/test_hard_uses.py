@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -210,3 +211,49 @@ def test_attributes_that_train_sets_are_read_at_each_call(kind: Callable[[], nn.
     assert_behaves_as(model, traced)
     assert_behaves_as(model, compress(model, X, layers="re:.*", size=1.0))
     assert_same(copy.deepcopy(model).eval()(X), traced.eval()(X), 1e-5)
+
+
+class Kind(Enum):
+    ONE = 1
+    TWO = 2
+
+
+class AsksForNone(Base):
+    def forward(self, x: Tensor, aux: Any = None) -> Any:
+        y = self.out(x)
+        return y if aux is None else (y, y.mean())
+
+
+class AsksForFalse(Base):
+    def forward(self, x: Tensor, flag: Any) -> Any:
+        y = self.out(x)
+        return y if flag is False else y * 2
+
+
+class AsksForAMember(Base):
+    def forward(self, x: Tensor, kind: Any) -> Any:
+        y = self.out(x)
+        return y * 2 if kind is Kind.ONE else y
+
+
+class AsksForAKeyword(Base):
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        return self.out(x) * (2 if options.get("mask") is None else 1)
+
+
+IDENTITY: dict[str, tuple[Callable[[], nn.Module], Any, list[Any]]] = {
+    "None": (AsksForNone, (X, X), [(X,), (X, None), (X, X)]),
+    "False": (AsksForFalse, (X, True), [(X, True), (X, False)]),
+    "member": (AsksForAMember, (X, Kind.TWO), [(X, Kind.TWO), (X, Kind.ONE)]),
+    "keyword": (AsksForAKeyword, {"x": X, "mask": X}, [{"x": X, "mask": X}, {"x": X}]),
+}
+
+
+@pytest.mark.parametrize("key", IDENTITY)
+def test_what_an_argument_is_may_change_from_call_to_call(key: str) -> None:
+    make, example, calls = IDENTITY[key]
+    model = make().eval()
+    for found in (trace(model, example), compress(model, example, layers="re:.*", size=1.0)):
+        for given in calls:
+            args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
+            assert_same(model(*args, **kwargs), found(*args, **kwargs), 1e-5)
