@@ -23,8 +23,10 @@ import operator
 import random
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from .graphs import ObstacleError
 from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
+_COUNTED = (int, float, str, list, dict, set, deque)
 
 __all__ = ["Capture", "capture"]
 
@@ -174,7 +177,7 @@ def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
         for owner in kind.__mro__
         if not owner.__module__.startswith("torch.")
         for key, value in vars(owner).items()
-        if isinstance(value, (int, float, str, list, dict, set)) and not key.startswith("__")
+        if isinstance(value, (int, float, str, list, dict, set, FunctionType)) and not key.startswith("__")
     }
 
 
@@ -190,6 +193,8 @@ def _inside(value: Any, depth: int = 4) -> Any:
         return str(value.bit_generator.state)
     if isinstance(value, torch.Tensor):
         return value, None if value.is_inference() else value._version
+    if isinstance(value, FunctionType):
+        return [value, _inside(_around(value), depth - 1)]
     if callable(value):  # modules too
         return value
     if isinstance(value, Mapping):
@@ -197,6 +202,19 @@ def _inside(value: Any, depth: int = 4) -> Any:
     if isinstance(value, (Sequence, Set, deque)):
         return [_inside(part, depth - 1) for part in value]
     return _inside(dict(vars(value)), depth - 1) if hasattr(value, "__dict__") else value
+
+
+def _around(function: FunctionType) -> dict[str, Any]:
+    """The variables that a function has from outside: of its closure, and globals that can change."""
+    found = function.__globals__
+    named = {
+        name: found[name] for name in function.__code__.co_names if isinstance(found.get(name), _COUNTED)
+    }
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        with suppress(ValueError):  # not filled yet
+            named[name] = cell.cell_contents
+    return named
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

@@ -257,3 +257,33 @@ def test_what_an_argument_is_may_change_from_call_to_call(key: str) -> None:
         for given in calls:
             args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
             assert_same(model(*args, **kwargs), found(*args, **kwargs), 1e-5)
+
+
+SEEN: list[Any] = []
+
+
+class WritesIntoAGlobal(Base):
+    def forward(self, x: Tensor) -> Any:
+        SEEN.append(self.conv(x).detach())
+        return self.out(x)
+
+
+class CallsBack(Base):
+    def prepare(self) -> None:
+        seen = SEEN
+        self.callback = lambda y: seen.append(y.detach())
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        self.callback(y)
+        return self.last(F.relu(y))
+
+
+@pytest.mark.parametrize("kind", [WritesIntoAGlobal, CallsBack])
+@pytest.mark.parametrize("inputs", [X, None], ids=["proven", "unproven"])
+def test_what_forward_leaves_outside_of_the_model_is_left_there(kind: Any, inputs: Any) -> None:
+    model = kind()
+    for found in (trace(model, inputs), compress(model, X, layers="re:.*", size=1.0)):
+        SEEN.clear()
+        found(X)
+        assert [value.shape for value in SEEN] == [(2, 8, 8, 8)]
