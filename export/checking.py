@@ -79,9 +79,9 @@ def renewed(example_inputs: ExampleInputs, sign: float) -> ExampleInputs:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without a call of the model's own ``train()``."""
+    """A copy in eval mode that shares the parameters, without a call of the model's own ``train()``."""
     try:
-        frozen = copy_model(model)
+        frozen = copy_model(model, share_parameters=True)
     except TraceError as error:
         raise ExportError(f"cannot export: {error}") from error
     for module in frozen.modules():
