@@ -2,7 +2,7 @@
 
 nn.Conv2d convolves with its stored weight, unless a parametrization or a pre-hook of ``torch.nn.utils``
 (weight_norm, spectral_norm, prune) makes that weight. A subclass with a forward of its own is found out by
-running that on two synthetic inputs, without anybody's hooks, and recording the convolutions it calls:
+running that on synthetic inputs, without anybody's hooks, and recording the convolutions it calls:
 
 * one convolution with the stored weight: the class only prepares its input (timm's Conv2dSame pads), so the
   same class with fewer filters is its basis;
@@ -10,7 +10,7 @@ running that on two synthetic inputs, without anybody's hooks, and recording the
   a plain nn.Conv2d;
 * anything else has no kernel to compress.
 
-Two synthetic inputs are a hint; ``proving`` compares on the example inputs.
+Synthetic inputs are a hint; ``proving`` compares on the example inputs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from .running import copy_model, in_mode, seeded
+from .contexts import contexts, open_contexts
+from .running import copy_model, in_mode, seeded, tensors_of
 
 __all__ = [
     "Kernel",
@@ -84,7 +85,8 @@ def kernel_of(conv: nn.Conv2d) -> Kernel:
     if type(settled) is nn.Conv2d:
         return Kernel(settled)
     first, second = (_probe(settled, training=training) for training in (False, True))
-    if all(call["weight"] is settled.weight for call in (first, second)):
+    if first["stored"] and second["stored"]:
+        _probe(settled, training=False, gradients=False)
         return Kernel(settled)
     return Kernel(_effective(settled, first, second), effective=True)
 
@@ -183,7 +185,10 @@ def _settled(conv: nn.Conv2d) -> nn.Conv2d:
         for hook, _ in made.values():
             hook(twin, ())
         weight, bias = twin.weight, twin.bias
-    twin.__class__ = class_of(conv)
+    try:
+        twin.__class__ = class_of(conv)
+    except TypeError as error:
+        raise KernelError(f"its class {type(conv).__name__} cannot be exchanged: {error}") from error
     keep = held_besides(conv)
     for store in (twin._parameters, twin._buffers, twin._modules):
         for name in set(store) - keep:
@@ -205,10 +210,12 @@ def _store(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps the arguments and the output of each 2-D convolution."""
+    """Keeps the arguments and the output of each 2-D convolution, and whether others read its tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
+        self.stored = [tensor for tensor in (conv.weight, conv.bias) if tensor is not None]
+        self.read = False
         self.calls: list[dict[str, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -216,40 +223,55 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func is torch.conv2d:
             given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
-            self.calls.append(_DEFAULTS | given | {"output": output})
+            state = {"output": output, "version": output._version, "contexts": open_contexts()}
+            self.calls.append(_DEFAULTS | given | state)
+        elif any(given is held for given in tensors_of([args, kwargs]) for held in self.stored):
+            self.read |= any(part is not held for part in tensors_of([output]) for held in args[:1])
         return output
 
 
-def _probe(settled: nn.Conv2d, *, training: bool) -> dict[str, Any]:
-    """The one convolution that its forward makes of a synthetic input; "prepared": not of that itself."""
-    twin, recorder = copy_model(settled, share_parameters=True), _Recorder()
-    name = type(settled).__name__
-    with torch.no_grad(), seeded(int(training)), in_mode(twin, training):
+def _probe(settled: nn.Conv2d, *, training: bool, gradients: bool = True) -> dict[str, Any]:
+    """The one convolution that its forward makes of a synthetic input.
+
+    "prepared": not of that itself; "stored": with the weight itself. Without gradients it is in autocast.
+    """
+    twin = copy_model(settled)
+    recorder, name = _Recorder(twin), type(settled).__name__
+    with contexts(gradients=gradients), seeded(int(training)), in_mode(twin, training):
         x, held = _synthetic(settled, 5 if training else 2), _held(twin)
+        before, around = _versions(x, twin), open_contexts()
         try:
             with recorder:
                 output = twin.forward(x)
         except Exception as error:
-            raise KernelError(
-                f"its class {name} fails on a synthetic input ({type(error).__name__}: {error})"
-            ) from error
+            what = f"{type(error).__name__}: {error}"
+            raise KernelError(f"its class {name} fails on a synthetic input ({what})") from error
         kept = sorted(key for key, value in _held(twin).items() if value is not held.get(key, held))
-    if len(recorder.calls) != 1:
-        raise KernelError(f"its class {name} makes {len(recorder.calls)} convolutions in its own forward")
     if kept:
         raise KernelError(f"its class {name} keeps {', '.join(kept)} from call to call")
+    if len(recorder.calls) != 1:
+        raise KernelError(f"its class {name} makes {len(recorder.calls)} convolutions in its own forward")
     call = recorder.calls[0]
-    if output is not call["output"]:
+    if output is not call["output"] or output._version != call["version"]:
         raise KernelError(f"its class {name} changes the output of its convolution in its own forward")
-    if call["bias"] is not settled.bias:
+    if call["bias"] is not twin.bias:
         raise KernelError(f"its class {name} uses another bias than the stored one")
-    return call | {"prepared": call["input"] is not x}
+    stored = call["weight"] is twin.weight
+    if before != _versions(x, twin) or (stored and recorder.read):
+        raise KernelError(f"its class {name} reads its weight, or changes its input or weight in place")
+    if call["contexts"] != around:
+        raise KernelError(f"its class {name} opens a context (no_grad, autocast) in its own forward")
+    return call | {"prepared": call["input"] is not x, "stored": stored}
+
+
+def _versions(x: Tensor, conv: nn.Conv2d) -> list[int]:
+    return [tensor._version for tensor in (x, *conv.parameters())]
 
 
 def _held(conv: nn.Conv2d) -> dict[str, Any]:
     """Its attributes, parameters, buffers and modules."""
-    stores = {**conv._parameters, **conv._buffers, **conv._modules}
-    return {key: value for key, value in vars(conv).items() if not key.startswith("_")} | stores
+    plain = {key: value for key, value in vars(conv).items() if not key.startswith("_")}
+    return plain | conv._parameters | conv._buffers | conv._modules
 
 
 def _synthetic(conv: nn.Conv2d, extra: int) -> Tensor:

@@ -15,14 +15,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .comparing import Difference, check_equal
-from .errors import VerificationError
+from .errors import InputError, VerificationError
 from .forms import BasisConv2d
 from .kernels import kernel_of, makers_of, original_forward
 from .passes.numbering import conv_layers
-from .running import ExampleInputs, copy_model, run
+from .passes.tracing import python_in_train
+from .running import ExampleInputs, copy_model, in_mode, run
 
 __all__ = ["rewrite_difference"]
 
@@ -35,33 +37,52 @@ def rewrite_difference(
     Args:
         original: the uncompressed model, or the folded one.
         compressed: the model to prove; neither is touched.
-        example_inputs: what both run on, in eval().
+        example_inputs: what both run on, in eval(), and in train() where Python runs then.
 
     Raises:
         VerificationError: naming the layer, or the model when its wiring is at fault.
     """
-    reference: nn.Module = copy_model(original, share_parameters=True)
-    checked = copy_model(compressed, share_parameters=True)
+    found = _differences(original, compressed, example_inputs, training=False)
+    if python_in_train(compressed):  # its Python may ask what its convolutions are
+        found += _differences(original, compressed, example_inputs, training=True)
+    return Difference(max(d.absolute for d in found), max(d.relative for d in found))
+
+
+def _differences(
+    original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool
+) -> list[Difference]:
+    """The difference of each call of a layer, in one mode; none where the original refuses that mode."""
+    reference: nn.Module = copy_model(original)
+    checked = copy_model(compressed)
     dense: dict[str, Any] = dict(conv_layers(reference))
     found = [Difference(0.0, 0.0)]
     calls: Counter[str] = Counter()
     for name, form in conv_layers(checked).items():
         if isinstance(form, BasisConv2d):
             folded = _reconstructed(dense[name], form)
-            _watch(form, folded, found, _kernel_check(dense[name], form))
+            check = None if training else _kernel_check(dense[name], form)
+            _watch(form, folded, found, check, training=training)
             dense[name].__class__, dense[name].__dict__ = type(folded), folded.__dict__  # wherever it is held
             dense[name].register_forward_hook(lambda *_, key=str(form.plan): calls.update([key]))
             form.composition.register_forward_hook(lambda *_, key=str(form.plan): calls.subtract([key]))
-    expected, actual = run(reference, example_inputs), run(checked, example_inputs)
+    try:
+        expected = run(reference, example_inputs, training=training)
+    except InputError:
+        if training:
+            return found
+        raise
+    actual = run(checked, example_inputs, training=training)
     lost = [name for name, count in calls.items() if count]
     if lost:
         raise VerificationError(
-            f"{lost[0]} is called from outside of the module tree too (a plain list, a closure), where it "
-            "cannot be exchanged; keep it in an nn.ModuleList, or leave it out of layers="
+            f"{lost[0]} is called from outside of the module tree too (a plain list, a closure), or its "
+            "class is asked for, where it cannot be exchanged; keep it in an nn.ModuleList, or leave it out "
+            "of layers="
         )
     what = f"compressed {type(original).__name__} against the original with the folded weights"
+    what += " in train()" * training
     check_equal(expected, actual, what, "leave it as it is and report the model")
-    return Difference(max(d.absolute for d in found), max(d.relative for d in found))
+    return found
 
 
 def _reconstructed(conv: nn.Conv2d, form: BasisConv2d) -> nn.Conv2d:
@@ -74,31 +95,38 @@ def _reconstructed(conv: nn.Conv2d, form: BasisConv2d) -> nn.Conv2d:
     return folded
 
 
-def _kernel_check(conv: nn.Conv2d, form: BasisConv2d) -> Callable[[Tensor], object]:
+def _kernel_check(conv: nn.Conv2d, form: BasisConv2d) -> Callable[[Tensor], object] | None:
     """Compare what the convolution computes by itself with its kernel, where these are not the same code."""
     kernel = kernel_of(conv).conv
     if type(conv) is nn.Conv2d and not makers_of(conv):
-        return lambda input: None
+        return None
     itself, what = original_forward(conv), f"{form.plan} by itself against its effective kernel"
     return lambda input: check_equal(itself(input), kernel.forward(input), what, "leave it out of layers=")
 
 
 def _watch(
-    form: BasisConv2d, folded: nn.Conv2d, found: list[Difference], check: Callable[[Tensor], object]
+    form: BasisConv2d,
+    folded: nn.Conv2d,
+    found: list[Difference],
+    check: Callable[[Tensor], object] | None,
+    *,
+    training: bool,
 ) -> None:
     """Compare each output of the form with that of the folded convolution, and replace it."""
-    inputs: list[Tensor] = []
+    waiting: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append(args[0] if args else kwargs["input"])
+    def expect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input = args[0] if args else kwargs["input"]
+        if check is not None:
+            check(input)
+        with torch.random.fork_rng(), in_mode(folded, training):  # the form draws the same numbers
+            waiting.append(folded.forward(input))
 
     def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        input = inputs.pop()
-        check(input)
-        expected: Tensor = folded.forward(input)
+        expected = waiting.pop()
         what, remedy = f"{form.plan} against its fold", "leave it out of layers="
         found.append(check_equal(expected, output, what, remedy))
         return expected
 
-    form.basis.register_forward_pre_hook(keep, with_kwargs=True)
+    form.basis.register_forward_pre_hook(expect, with_kwargs=True)
     form.composition.register_forward_hook(compare)

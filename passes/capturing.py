@@ -8,6 +8,7 @@ submodule becomes a *leaf*, which stays Python and decides at run time, when in 
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
 - an attribute of the module or of its class is set, which a graph does not do again,
+- its own train() or eval() sets one, which a graph would have read once for all,
 - a tensor made from constants is changed in place, which a graph would do again at each call,
 - the ways differ.
 
@@ -22,19 +23,23 @@ import operator
 import random
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+from ..contexts import contexts
 from ..running import copy_model, seeded
 from .graphs import ObstacleError
-from .guarding import ContextError, GuardedTracer, blamed_on, contexts
+from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
+_COUNTED = (int, float, str, list, dict, set, deque)
 
 __all__ = ["Capture", "capture"]
 
@@ -72,7 +77,9 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     Raises:
         ObstacleError: when the module's own forward cannot be a graph.
     """
-    leaves: set[str] = set()
+    leaves = _switching(model)
+    if "" in leaves:
+        raise ObstacleError("its train() or eval() sets attributes, which a graph would not read", "")
     while True:
         in_eval, subject = False, _Subject(model)
         try:
@@ -101,6 +108,20 @@ def _alike(model: nn.Module, place: str) -> list[str]:
     return [
         name for name, module in model.named_modules(remove_duplicate=False) if name and type(module) is kind
     ]
+
+
+def _switching(model: nn.Module) -> set[str]:
+    """The names of submodules that get other attributes by a train() or eval() of somebody's own."""
+    kinds = {type(module) for module in model.modules()}
+    if all(kind.train is nn.Module.train and kind.eval is nn.Module.eval for kind in kinds):
+        return set()
+    copied = copy_model(model)  # with its own parameters, which train() may change
+    own = {name: m for name, m in copied.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+    try:
+        before, after = _pictures(own | {"": copied.train()}), _pictures(own | {"": copied.eval()})
+    except Exception:  # one that refuses to be switched does not switch
+        return set()
+    return {name for name in own if _changed(before[name], after[name]) - {"training"}}
 
 
 class _Subject:
@@ -156,7 +177,7 @@ def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
         for owner in kind.__mro__
         if not owner.__module__.startswith("torch.")
         for key, value in vars(owner).items()
-        if isinstance(value, (int, float, str, list, dict, set)) and not key.startswith("__")
+        if isinstance(value, (int, float, str, list, dict, set, FunctionType)) and not key.startswith("__")
     }
 
 
@@ -172,6 +193,8 @@ def _inside(value: Any, depth: int = 4) -> Any:
         return str(value.bit_generator.state)
     if isinstance(value, torch.Tensor):
         return value, None if value.is_inference() else value._version
+    if isinstance(value, FunctionType):
+        return [value, _inside(_around(value), depth - 1)]
     if callable(value):  # modules too
         return value
     if isinstance(value, Mapping):
@@ -179,6 +202,19 @@ def _inside(value: Any, depth: int = 4) -> Any:
     if isinstance(value, (Sequence, Set, deque)):
         return [_inside(part, depth - 1) for part in value]
     return _inside(dict(vars(value)), depth - 1) if hasattr(value, "__dict__") else value
+
+
+def _around(function: FunctionType) -> dict[str, Any]:
+    """The variables that a function has from outside: of its closure, and globals that can change."""
+    found = function.__globals__
+    named = {
+        name: found[name] for name in function.__code__.co_names if isinstance(found.get(name), _COUNTED)
+    }
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        with suppress(ValueError):  # not filled yet
+            named[name] = cell.cell_contents
+    return named
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:

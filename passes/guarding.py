@@ -17,12 +17,14 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
 
+from ..contexts import open_contexts
 from ..forms import has_hooks
 from .graphs import ObstacleError
 
-__all__ = ["ContextError", "GuardedTracer", "blamed_on", "contexts", "definition_of"]
+__all__ = ["ContextError", "GuardedTracer", "blamed_on", "definition_of"]
 
 _PASSES = str(Path(__file__).parent)
+_OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
 
 
 class ContextError(ObstacleError):
@@ -36,6 +38,13 @@ class _Guarded(fx.Proxy):
         if name.startswith("__array_"):
             self._refuse("the array")
         return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OF_PROXIES:  # a graph has no such step
+            cast(GuardedTracer, self.tracer).refuse(
+                f"it sets {name} of a value that is known only at run time"
+            )
+        super().__setattr__(name, value)
 
     def _refuse(self, what: str) -> Any:
         cast(GuardedTracer, self.tracer).refuse(f"it needs {what} of a value that is known only at run time")
@@ -75,7 +84,7 @@ class GuardedTracer(fx.Tracer):
     def __init__(self, leaves: Collection[str] = ()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = leaves
-        self.context = _open_contexts()
+        self.context = open_contexts()
         self.refused: ObstacleError | None = None
         self.entered: set[str] = set()
 
@@ -124,16 +133,16 @@ class GuardedTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A buffer is read at each call, as parameters are; fx would keep what was computed from it."""
-        if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
-            for name, buffer in self.root.named_buffers():
-                if buffer is attr_val:
-                    proxy = functools.partial(_BufferProxy, self, name=name, buffer=buffer)
+        if isinstance(attr_val, torch.Tensor):
+            for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
+                if held is attr_val:
+                    proxy = functools.partial(_Held, self, name=name, held=held)
                     return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=proxy)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refused while a context of the model is open."""
-        if _open_contexts() != self.context:
+        if open_contexts() != self.context:
             raise ContextError(
                 "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
             )
@@ -147,13 +156,12 @@ class GuardedTracer(fx.Tracer):
         return super().create_arg(a)
 
 
-class _BufferProxy(ParameterProxy):
-    """A buffer whose shape is known while tracing, as ParameterProxy does it for parameters."""
+class _Held(_Guarded, ParameterProxy):
+    """A parameter or buffer, whose shape is known while tracing."""
 
-    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, buffer: torch.Tensor) -> None:
+    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, held: torch.Tensor) -> None:
         fx.Proxy.__init__(self, node, tracer)
-        self.param = buffer  # type: ignore[assignment]
-        self.name = name
+        vars(self).update(param=held, name=name)
 
 
 @contextmanager
@@ -171,34 +179,6 @@ def blamed_on(place: str) -> Iterator[None]:
         raise ObstacleError(f"{type(error).__name__}: {said} ({_source_of(error)})", place) from error
     if _random_state() != before:
         raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
-
-
-def _open_contexts() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")),
-        *(torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-        torch.get_default_dtype(),
-        torch.initial_seed(),
-    )
-
-
-@contextmanager
-def contexts(*, gradients: bool) -> Iterator[None]:
-    """Gradients on and autocast off, or the other way round."""
-    before = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
-    with torch.set_grad_enabled(gradients):
-        for kind in ("cpu", "cuda"):
-            torch.set_autocast_enabled(kind, not gradients)
-        try:
-            yield
-        finally:
-            for kind, enabled in zip(("cpu", "cuda"), before, strict=True):
-                torch.set_autocast_enabled(kind, enabled)
 
 
 def _random_state() -> tuple[Any, ...]:

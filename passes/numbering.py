@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,13 +21,14 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from ..costs import ConvShape, dense_macs, dense_params, output_form_macs, output_form_params
+from ..errors import InputError
 from ..files import write_whole
 from ..forms import BasisConv2d, as_form, layer_plan
 from ..kernels import KernelError, held_besides, kernel_of, weight_hooks
 from ..running import ExampleInputs, copy_model
 from ..tables import aligned
 from .base import CONV_NUMBER, FxPass, call_sites
-from .tracing import refuse_lazy
+from .tracing import python_in_train, refuse_lazy
 from .watching import FunctionalConv, Seen, readers_in, watched_run
 
 __all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs"]
@@ -192,8 +194,13 @@ def number_convs(
 
 
 def _seen(model: nn.Module, example_inputs: ExampleInputs) -> Seen:
-    copied = copy_model(model, share_parameters=True)
-    return watched_run(copied, conv_layers(copied), example_inputs)
+    copied, again = copy_model(model), copy_model(model) if python_in_train(model) else None
+    seen = watched_run(copied, conv_layers(copied), example_inputs)
+    with suppress(InputError):  # BatchNorm refuses a batch of one in train()
+        if again is not None:
+            trained = watched_run(again, conv_layers(again), example_inputs, training=True)
+            seen = replace(seen, readers=trained.readers | seen.readers)
+    return seen
 
 
 def _record(

@@ -22,9 +22,10 @@ from ..errors import FxBasisWarning, LayerError, TraceError
 from ..forms import BasisConv2d
 from ..running import ExampleInputs, Model, copy_model
 from .graphs import ObstacleError
+from .guarding import definition_of
 from .parts import Part, become_graphs, find_parts
 
-__all__ = ["Part", "parts_of", "retrace", "trace"]
+__all__ = ["Part", "parts_of", "python_in_train", "retrace", "trace"]
 
 PARTS = "fxbasis_parts"
 
@@ -56,7 +57,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)) or hasattr(copied, PARTS):
         return copied
     parts = find_parts(copied, example_inputs)
-    _copy_parameters(model, copied)
+    changed = _changed_parameters(model, copied)
+    if changed:  # which graphs would not do, or at each call with what they were traced with
+        copied = copy_model(model)
+        parts = (Part("", False, f"its forward changes its parameter {changed[0]} ({definition_of(model)})"),)
     setattr(copied, PARTS, parts)
     message = _message(type(model).__name__, parts)
     if message:
@@ -75,6 +79,11 @@ def parts_of(traced: nn.Module) -> tuple[Part, ...]:
     """
     found: tuple[Part, ...] = getattr(traced, PARTS, ())
     return found or (Part("", isinstance(traced, fx.GraphModule)),)
+
+
+def python_in_train(traced: nn.Module) -> bool:
+    """Whether any part of a traced model runs the model's Python in train()."""
+    return any(not part.graph or bool(part.reason) for part in getattr(traced, PARTS, ()))
 
 
 def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
@@ -104,13 +113,20 @@ def refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Undo what forward did to parameters while the copy was proven."""
-    found = dict(target.named_parameters())
-    with torch.no_grad():
-        for name, parameter in source.named_parameters():
-            if not parameter.is_meta:
-                found[name].copy_(parameter)
+def _changed_parameters(model: nn.Module, copied: nn.Module) -> list[str]:
+    """The parameters that the runs of the proof, or tracing itself, changed in the copy."""
+    found = dict(copied.named_parameters())
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta and not (name in found and _same(parameter, found[name]))
+    ]
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.requires_grad, one.shape) != (other.requires_grad, other.shape):
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one != one)).all())
 
 
 def _message(kind: str, parts: tuple[Part, ...]) -> str:

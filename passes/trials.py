@@ -2,12 +2,15 @@
 
 The example inputs in eval(), then another batch size and another image size in eval() and in train(): of
 these, what the original accepts, and the example in train() where it accepts no other. One sample more, and
-images of other, unequal sides, at once where the model takes that, otherwise one after the other.
+images of other, unequal sides, at once where the model takes that, otherwise one after the other. Of several
+arguments, each but the first in turn as None, and a flag the other way, in eval(): a graph has no ``is``.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from ..errors import FxBasisError, InputError
 from ..running import (
     ExampleInputs,
     Snapshot,
+    as_arguments,
     batch_size,
     buffer_values,
     map_tensors,
@@ -45,9 +49,24 @@ def run_trials(
     found |= _first_accepted(model, *together)
     for what, alternatives in apart if len(found) == 1 else ():
         found |= _first_accepted(model, what, alternatives)
+    for what, inputs in () if example_only else _other_arguments(example_inputs):
+        found[what] = _accepted(model, inputs, training=False)
     if not any("train()" in what for what in found):  # the cheapest run in train() is enough
         found["the example in train()"] = _accepted(model, example_inputs, training=True)
     return {what: outcome for what, outcome in found.items() if outcome is not None}
+
+
+def _other_arguments(example_inputs: ExampleInputs) -> Iterator[tuple[str, ExampleInputs]]:
+    """The example with one argument None, or False for True, or another member of its Enum."""
+    args, kwargs = as_arguments(example_inputs)
+    given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+    for key, value in list(given.items())[1:]:
+        members = list(type(value)) if isinstance(value, Enum) else []
+        others = [not value] if isinstance(value, bool) else [part for part in members if part is not value]
+        for other in [*others, None]:
+            changed = given | {key: other}
+            inputs: Any = changed if kwargs else tuple(changed.values())
+            yield f"argument {key} as {other} in eval()", inputs
 
 
 def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInputs]) -> dict[str, Any]:

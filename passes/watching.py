@@ -67,7 +67,11 @@ class Seen:
 
 
 def watched_run(
-    model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d], example_inputs: ExampleInputs
+    model: nn.Module,
+    layers: Mapping[str, nn.Conv2d | BasisConv2d],
+    example_inputs: ExampleInputs,
+    *,
+    training: bool = False,
 ) -> Seen:
     """Run a copy, whose convolutions and forms are ``layers``; its hooks stay marked.
 
@@ -78,7 +82,7 @@ def watched_run(
     calls = _note_calls(layers)
     watch.attach(model)
     with watch:
-        output = run(model, example_inputs)
+        output = run(model, example_inputs, training=training)
     for tensor in tensors_of(output):
         watch.note_reader(tensor, "the model's output")
     first_calls = sorted(calls, key=lambda name: calls[name][0][0])

@@ -96,6 +96,59 @@ class Called(nn.Conv2d):
         return super().__call__(input) + 1
 
 
+class MaxNorm(nn.Conv2d):
+    """Bounds the norm of its filters at every call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=100.0)
+        return super().forward(input)
+
+
+class Clamped(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(-100, 100)
+        return super().forward(input)
+
+
+class ClampedInTrain(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.weight.data.clamp_(-100, 100)
+        return super().forward(input)
+
+
+class DecidesByWeight(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input * (2 if self.weight.abs().max() > 10 else 1))
+
+
+class Inplace(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.mul_(2))
+
+
+class InplaceActivated(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu_()
+
+
+class WithoutGradients(nn.Conv2d):
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class InFloat32(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float())
+
+
+class Slots(nn.Conv2d):
+    __slots__ = ("note",)
+
+
 class Sneaky(nn.Conv2d):
     """Convolves with the stored weight on small images, as the synthetic inputs are."""
 
@@ -333,6 +386,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Conv2d], str]] = {
     "only in train": (lambda: Changing(4, 8, 3), "Changing has no fixed kernel"),
     "fails": (lambda: Broken(4, 8, 3), r"Broken fails on a synthetic input \(ValueError: no\)"),
     "own call": (lambda: Called(4, 8, 3), "Called has its own __call__"),
+    "bounds its weight": (lambda: MaxNorm(4, 8, 3), "MaxNorm reads its weight, or changes"),
+    "clamps its weight": (lambda: Clamped(4, 8, 3), "Clamped reads its weight, or changes"),
+    "clamps it in train": (lambda: ClampedInTrain(4, 8, 3), "ClampedInTrain reads its weight, or changes"),
+    "decides by its weight": (lambda: DecidesByWeight(4, 8, 3), "DecidesByWeight reads its weight"),
+    "changes its input": (lambda: Inplace(4, 8, 3), "Inplace reads its weight, or changes its input"),
+    "in-place activation": (
+        lambda: InplaceActivated(4, 8, 3),
+        "InplaceActivated changes the output of its convolution",
+    ),
+    "no gradients": (lambda: WithoutGradients(4, 8, 3), "WithoutGradients opens a context"),
+    "no autocast": (lambda: InFloat32(4, 8, 3), "InFloat32 opens a context"),
+    "slots": (lambda: Slots(4, 8, 3), "Slots cannot be exchanged"),
     "pads and standardises": (lambda: StdConv2dSame(4, 8, 3, stride=2), "StdConv2dSame pads its input and"),
     "pads, scales": (
         lambda: ScaledStdConv2dSame(4, 8, 3, stride=2),

@@ -18,7 +18,18 @@ import fxbasis
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    0: ["errors", "tables", "progress", "files", "costs", "paper", "running", "comparing", "bases"],
+    0: [
+        "errors",
+        "tables",
+        "progress",
+        "files",
+        "costs",
+        "paper",
+        "contexts",
+        "running",
+        "comparing",
+        "bases",
+    ],
     1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
         "passes.graphs",
