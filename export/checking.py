@@ -18,7 +18,7 @@ from ..running import (
     ExampleInputs,
     as_arguments,
     batch_size,
-    copy_model,
+    copy_to_run,
     map_tensors,
     run,
     tensors_of,
@@ -79,9 +79,9 @@ def renewed(example_inputs: ExampleInputs, sign: float) -> ExampleInputs:
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode that shares the parameters, without a call of the model's own ``train()``."""
+    """A copy in eval mode (``copy_to_run``), without a call of the model's own ``train()``."""
     try:
-        frozen = copy_model(model, share_parameters=True)
+        frozen = copy_to_run(model)
     except TraceError as error:
         raise ExportError(f"cannot export: {error}") from error
     for module in frozen.modules():

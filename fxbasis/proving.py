@@ -24,7 +24,7 @@ from .forms import BasisConv2d
 from .kernels import kernel_of, makers_of, original_forward
 from .passes.numbering import conv_layers
 from .passes.tracing import python_in_train
-from .running import ExampleInputs, copy_model, in_mode, run
+from .running import ExampleInputs, copy_to_run, in_mode, run
 
 __all__ = ["rewrite_difference"]
 
@@ -52,8 +52,8 @@ def _differences(
     original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool
 ) -> list[Difference]:
     """The difference of each call of a layer, in one mode; none where the original refuses that mode."""
-    reference: nn.Module = copy_model(original)
-    checked = copy_model(compressed)
+    reference: nn.Module = copy_to_run(original)
+    checked = copy_to_run(compressed)
     dense: dict[str, Any] = dict(conv_layers(reference))
     found = [Difference(0.0, 0.0)]
     calls: Counter[str] = Counter()

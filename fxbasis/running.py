@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import random
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import FxBasisError, InputError, LayerError, TraceError
 
+KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
 Model = TypeVar("Model", bound=nn.Module)
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -177,6 +177,15 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
         ) from error
 
 
+def copy_to_run(model: Model) -> Model:
+    """A copy for a run; it shares the parameters where ``trace`` has seen that forward does not change them.
+
+    Raises:
+        TraceError: when something that the model holds cannot be copied.
+    """
+    return copy_model(model, share_parameters=getattr(model, KEEPS_PARAMETERS, False) is True)
+
+
 def load_values(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """``load_state_dict`` for tensors from a file, which holds no versions of modules: the model's own then.
 
@@ -187,93 +196,6 @@ def load_values(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         state = OrderedDict(state)
         state._metadata = own._metadata  # type: ignore[attr-defined]
     model.load_state_dict(state, strict=False)
-
-
-class Snapshot:
-    """The buffers and plain attributes of a module and the random states, to be brought back.
-
-    Until then the modules work on copies of their attributes, so that what is brought back was never touched.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes = _lend_copies(model)
-        self._members = [
-            (members, dict(members)) for module in model.modules() for members in _members_of(module)
-        ]
-        self._buffers = [
-            (module._buffers, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore(self) -> None:
-        """Bring back attributes, every buffer, object and values, and the random states."""
-        for held, before in self._attributes:
-            for key in held.keys() - before.keys() - _MODULE_KEYS:
-                del held[key]
-            held.update(before)
-        for members, names in self._members:  # what a forward adds, or puts where None was
-            members.clear()
-            members.update(names)
-        with torch.no_grad():
-            for buffers, name, buffer, values in self._buffers:
-                buffers[name] = buffer.copy_(values)
-        python, numpy, cpu = self._random
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-
-
-def buffer_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the values of all buffers by name, those that are not in the state_dict too."""
-    return {name: buffer.clone() for name, buffer in model.named_buffers(remove_duplicate=False)}
-
-
-def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    if isinstance(module, torch.jit.ScriptModule):
-        return ()
-    return module._buffers, module._parameters, module._modules
-
-
-_MODULE_KEYS = frozenset(vars(nn.Module())) | {"forward"}
-_PLAIN = frozenset(
-    {bool, int, float, complex, str, bytes, type(None), torch.dtype, types.FunctionType, torch.fx.Graph}
-)
-
-
-def _lend_copies(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Give every module copies of its attributes; returns the attributes of each, and what they held."""
-    parts = (*model.modules(), *model.parameters(), *model.buffers())
-    memo: dict[int, Any] = {id(part): part for part in parts}
-    lent = []
-    for module in model.modules():
-        held = vars(module)
-        before = {key: value for key, value in held.items() if key not in _MODULE_KEYS}
-        held.update({key: _copied(value, memo) for key, value in before.items() if not _plain(value)})
-        lent.append((held, before))
-    return lent
-
-
-def _plain(value: Any) -> bool:
-    """Whether nothing in it can be changed in place; many attributes are such, and a deep copy takes long."""
-    kind = type(value)
-    return kind in _PLAIN or isinstance(value, nn.Module) or (kind is tuple and {*map(type, value)} <= _PLAIN)
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """A deep copy; of what has none, such as a list of results with gradients, a flat one; or itself."""
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:
-        try:
-            return copy.copy(value)
-        except Exception:
-            return value
 
 
 def become(old: nn.Module, new: nn.Module) -> None:

@@ -25,7 +25,7 @@ from ..errors import InputError
 from ..files import write_whole
 from ..forms import BasisConv2d, as_form, layer_plan
 from ..kernels import KernelError, held_besides, kernel_of, weight_hooks
-from ..running import ExampleInputs, copy_model
+from ..running import ExampleInputs, copy_to_run
 from ..tables import aligned
 from .base import CONV_NUMBER, FxPass, call_sites
 from .tracing import python_in_train, refuse_lazy
@@ -194,7 +194,7 @@ def number_convs(
 
 
 def _seen(model: nn.Module, example_inputs: ExampleInputs) -> Seen:
-    copied, again = copy_model(model), copy_model(model) if python_in_train(model) else None
+    copied, again = copy_to_run(model), copy_to_run(model) if python_in_train(model) else None
     seen = watched_run(copied, conv_layers(copied), example_inputs)
     with suppress(InputError):  # BatchNorm refuses a batch of one in train()
         if again is not None:

@@ -20,7 +20,8 @@ from torch import fx, nn
 from ..comparing import check_equal
 from ..errors import FxBasisError
 from ..forms import BasisConv2d
-from ..running import ExampleInputs, Snapshot, as_arguments, become, buffer_values, map_tensors
+from ..running import ExampleInputs, as_arguments, become, map_tensors
+from ..snapshots import Snapshot, buffer_values
 from .calls import given_arguments, left_defaults, wrapped
 from .capturing import capture
 from .graphs import ObstacleError, TracedModule, as_graph

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ..costs import dense_macs, dense_params
 from ..forms import BasisConv2d
-from ..running import ExampleInputs, batch_size, copy_model
+from ..running import ExampleInputs, batch_size, copy_to_run
 from ..tables import aligned
 from .base import MACS, FxPass
 from .counting import MacCounter, count_macs
@@ -187,7 +187,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     >>> found.macs, found.counted, found.params, dict(found.uncounted)
     (7776, 7776, 224, {'aten.relu': 1})
     """
-    copied = copy_model(model)
+    copied = copy_to_run(model)
     table = number_convs(copied, example_inputs)
     counter = count_macs(copied, example_inputs)
     layers = [_conv_profile(record, layer, counter) for record, layer in _with_layers(table, copied)]
@@ -207,7 +207,7 @@ class ProfilePass(FxPass):
     def change(self, graph_module: fx.GraphModule) -> int:
         """Count each node; counts those whose MACs were missing or different."""
         before = [node.meta.get(MACS) for node in graph_module.graph.nodes]
-        copied = copy_model(graph_module)
+        copied = copy_to_run(graph_module)
         count_macs(copied, self.example_inputs)
         pairs = zip(graph_module.graph.nodes, copied.graph.nodes, strict=True)
         for node, counted in pairs:

@@ -20,7 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..errors import FxBasisWarning, LayerError, TraceError
 from ..forms import BasisConv2d
-from ..running import ExampleInputs, Model, copy_model
+from ..running import KEEPS_PARAMETERS, ExampleInputs, Model, copy_model
 from .graphs import ObstacleError
 from .guarding import definition_of
 from .parts import Part, become_graphs, find_parts
@@ -62,6 +62,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
         copied = copy_model(model)
         parts = (Part("", False, f"its forward changes its parameter {changed[0]} ({definition_of(model)})"),)
     setattr(copied, PARTS, parts)
+    setattr(copied, KEEPS_PARAMETERS, example_inputs is not None and not changed)
     message = _message(type(model).__name__, parts)
     if message:
         warnings.warn(message, FxBasisWarning, stacklevel=2)

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from ..errors import FxBasisError, InputError
 from ..running import (
     ExampleInputs,
-    Snapshot,
     as_arguments,
     batch_size,
-    buffer_values,
     map_tensors,
     run,
     tensors_of,
     with_batch,
 )
+from ..snapshots import Snapshot, buffer_values
 
 __all__ = ["run_trials"]
 

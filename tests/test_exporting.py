@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from fxbasis import trace
 from fxbasis.errors import ExportError, FxBasisWarning, InputError
 from fxbasis.export import exporters
 from fxbasis.export.exporting import ONNX_TOLERANCE, export_onnx, frozen_copy
@@ -242,8 +243,8 @@ def test_forward_that_writes_a_buffer_or_a_train_that_writes_weights(
     assert torch.equal(model.head.weight, weight)
 
 
-def test_copy_shares_parameters_but_not_buffers() -> None:
-    model = ConvNet()
+def test_copy_of_a_traced_model_shares_parameters_but_not_buffers() -> None:
+    model = trace(ConvNet(), image())
     frozen = frozen_copy(model)
     assert all(a is b for a, b in zip(model.parameters(), frozen.parameters(), strict=True))
     assert all(a is not b for a, b in zip(model.buffers(), frozen.buffers(), strict=True))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxbasis import LayerError, VerificationError, compress, fold, number_convs, parts_of, profile, trace
+from fxbasis.export.checking import frozen_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 
@@ -127,6 +128,7 @@ def test_the_model_keeps_its_parameters_whatever_is_run(kind: Callable[[], nn.Mo
     before = copy.deepcopy(list(model.parameters()))
     number_convs(model, X)
     profile(model, X)
+    frozen_copy(model)(X)  # what export_onnx and measure run
     small = compress(model, X, layers="all", size=2)
     assert_same(before, list(model.parameters()), 0)
     values = copy.deepcopy(list(small.parameters()))

@@ -28,7 +28,8 @@ from fxbasis import FxBasisWarning, compress, fold, load, number_convs, plan_of,
 from fxbasis.bases import METHODS, decompose
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.numbering import conv_layers
-from fxbasis.running import Snapshot, in_mode
+from fxbasis.running import in_mode
+from fxbasis.snapshots import Snapshot
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning"),

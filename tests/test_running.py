@@ -15,11 +15,9 @@ from torch.nn.utils import prune
 
 from fxbasis.errors import InputError, LayerError, TraceError
 from fxbasis.running import (
-    Snapshot,
     as_arguments,
     batch_size,
     become,
-    buffer_values,
     copy_model,
     describe,
     in_mode,
@@ -30,6 +28,7 @@ from fxbasis.running import (
     tensors_of,
     with_batch,
 )
+from fxbasis.snapshots import Snapshot, buffer_values
 
 
 class Noisy(nn.Module):
