@@ -27,6 +27,7 @@ LAYERS = {
         "paper",
         "contexts",
         "running",
+        "snapshots",
         "comparing",
         "bases",
     ],
