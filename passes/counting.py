@@ -8,6 +8,7 @@ PyTorch's own registry of formulas.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,10 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
         super().__init__(graph_module)
         self.counter = counter
+
+    def fetch_attr(self, target: str) -> Any:
+        """Read once, as the graph's code does: to read the weight of a form is work."""
+        return operator.attrgetter(target)(self.module)
 
     def run_node(self, n: fx.Node) -> Any:
         stack = [str(path) for path, _ in n.meta.get("nn_module_stack", {}).values()]
