@@ -141,8 +141,8 @@ class _Subject:
         with seeded(1), contexts(gradients=way.gradients), blamed_on(""):
             tracer = GuardedTracer(leaves)
             graph = tracer.trace(self.root, concrete_args=dict(defaults) or None)
-            if tracer.refused:
-                raise tracer.refused
+            if tracer.obstacle:
+                raise tracer.obstacle
         constants = self._take_constants(graph)
         for name, after in _pictures(self.own).items():
             changed = _changed(self.before[name], after)

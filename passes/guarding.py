@@ -65,10 +65,10 @@ class _Guarded(fx.Proxy):
         return cast(float, self._refuse("the number"))
 
     def __str__(self) -> str:
-        return cast(str, self._refuse("the text"))
+        return cast(GuardedTracer, self.tracer).text_of(self.node)
 
     def __format__(self, spec: str) -> str:
-        return cast(str, self._refuse("the text"))
+        return cast(GuardedTracer, self.tracer).text_of(self.node)
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         return self._refuse("the array")
@@ -87,6 +87,19 @@ class GuardedTracer(fx.Tracer):
         self.context = open_contexts()
         self.refused: ObstacleError | None = None
         self.entered: set[str] = set()
+        self.texts: dict[str, ObstacleError] = {}
+
+    @property
+    def obstacle(self) -> ObstacleError | None:
+        """The first thing that was refused, or a text that went elsewhere than into an assert's message."""
+        return self.refused or next(iter(self.texts.values()), None)
+
+    def text_of(self, node: fx.Node) -> str:
+        """A text in place of the value's, whose way is followed: only an assert's message may have it."""
+        text = f"<{node.name}, text {len(self.texts)}>"
+        reason = f"it needs the text of a value that is known only at run time ({_caller()})"
+        self.texts[text] = ObstacleError(reason, self.scope.module_path)
+        return text
 
     def refuse(self, reason: str) -> NoReturn:
         """Refuse to trace on; kept, since the model may catch it and go another way."""
@@ -146,7 +159,10 @@ class GuardedTracer(fx.Tracer):
             raise ContextError(
                 "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
             )
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.target is torch._assert:
+            self.texts = {text: told for text, told in self.texts.items() if text not in str(node.args[1:])}
+        return node
 
     def create_arg(self, a: Any) -> Any:
         """An OrderedDict stays one."""

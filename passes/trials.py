@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from enum import Enum
+from io import StringIO
 from typing import Any
 
 import torch
@@ -81,7 +83,7 @@ def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInput
 def _attempt(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> _Run:
     before = Snapshot(model)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):  # a GraphModule prints where it fails
             warnings.simplefilter("ignore")
             output = run(model, inputs, training=training)
         return output, buffer_values(model)

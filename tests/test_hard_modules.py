@@ -183,6 +183,22 @@ class LooksUpInADict(Base):
         return self.out(x) * self.table.get(x.shape[-1], 1.0)
 
 
+@hard
+class TellsTheShape(Base):
+    """As the patches of torchvision's and timm's vision transformers do: one graph."""
+
+    def forward(self, x: Tensor) -> Any:
+        torch._assert(x.shape[1] == 3, f"{x.shape[1]} channels, not {3}")
+        return self.out(x)
+
+
+@python
+class TellsAndLooksUp(Base):
+    def forward(self, x: Tensor) -> Any:
+        torch._assert(x.shape[1] == 3, f"{x.shape[1]} channels")
+        return self.out(x) if f"{x.shape[-1]}" == "8" else -self.out(x)
+
+
 @python
 class ComposesAName(Base):
     def prepare(self) -> None:
@@ -618,3 +634,11 @@ def test_extra_state_is_refused_by_save(tmp_path: Any) -> None:
 
     with pytest.raises(UsageError, match=r"_extra_state is a dict.*; keep it in a buffer"):
         save(compress(Extra(), X, size=2), tmp_path)
+
+
+def test_the_text_of_a_value_may_stand_in_the_message_of_an_assert() -> None:
+    model = TellsTheShape().eval()
+    traced = trace(model, X)
+    assert [part.graph for part in parts_of(traced)] == [True]
+    with pytest.raises(AssertionError, match="channels, not 3"):
+        traced(X[:, :2])

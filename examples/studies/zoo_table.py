@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -107,7 +108,7 @@ def _cells(row: Row) -> list[str]:
     left = "; ".join(f"{reason} ({count})" for reason, count in row.get("left", {}).items())
     failed = ", ".join(row.get("failed", []))
     why = (failed and f"failed: {failed}", row.get("error", ""), row.get("python", ""), left)
-    return [*cells, "; ".join(filter(None, why))]
+    return [*cells, re.sub(r"[^ (]*/site-packages/", "", "; ".join(filter(None, why)))]
 
 
 def _figure(value: Any) -> str:
