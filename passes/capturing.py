@@ -162,7 +162,7 @@ class _Subject:
 
 def _pictures(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """What each module and its classes hold: tensors and modules themselves; of the rest what is in it."""
-    kinds = {type(module): _of_classes(type(module)) for module in modules.values()}
+    kinds = {kind: _of_classes(kind) for kind in {type(module) for module in modules.values()}}
     return {name: _attributes(module) | kinds[type(module)] for name, module in modules.items()}
 
 
