@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from .errors import FxBasisError, InputError, LayerError, TraceError
 
 KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
+_NO_NEST = (type(None), bool, int, float, str)
+_EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
 Model = TypeVar("Model", bound=nn.Module)
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -48,6 +50,13 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """Every tensor in a nest of tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if type(value) in _NO_NEST:
+        return []
+    if type(value) in (list, tuple, dict, OrderedDict):  # by pytree 10 us each, and runs have thousands
+        parts = value.values() if isinstance(value, dict) else value
+        return [tensor for part in parts for tensor in tensors_of(part)]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
@@ -166,7 +175,9 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    held = tensors_of([list(vars(module).values()) for module in model.modules()])
+    parts = [value for module in model.modules() for value in vars(module).values()]
+    memo |= {id(part): part.copy() for part in parts if type(part) in _EMPTY and not part}
+    held = tensors_of(parts)
     memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
     try:
         return copy.deepcopy(model, memo)

@@ -183,8 +183,10 @@ def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
 
 def _inside(value: Any, depth: int = 4) -> Any:
     """A picture of a value: containers and objects opened, random generators and tensors by their state."""
-    if depth == 0 or value is None or isinstance(value, (bool, int, float, str, type)):
+    if depth == 0 or value is None or isinstance(value, (int, float, str, type, nn.Module)):
         return value
+    if isinstance(value, (dict, Mapping)):  # most are of hooks, and empty
+        return {key: _inside(part, depth - 1) for key, part in value.items()} if value else Mapping
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if isinstance(value, random.Random):
@@ -195,10 +197,8 @@ def _inside(value: Any, depth: int = 4) -> Any:
         return value, None if value.is_inference() else value._version
     if isinstance(value, FunctionType):
         return [value, _inside(_around(value), depth - 1)]
-    if callable(value):  # modules too
+    if callable(value):
         return value
-    if isinstance(value, Mapping):
-        return {key: _inside(part, depth - 1) for key, part in value.items()}
     if isinstance(value, (Sequence, Set, deque)):
         return [_inside(part, depth - 1) for part in value]
     return _inside(dict(vars(value)), depth - 1) if hasattr(value, "__dict__") else value
