@@ -8,6 +8,7 @@ each rank. All arithmetic is float64.
     svd          A = U sqrt(s), V = sqrt(s)^-1 U^T W: the best fit of each rank (Eckart-Young), balanced
     eigen        the same fit with orthonormal rows of V, as BasisConv does it (arXiv 1906.04509)
     qr           column-pivoted QR of W^T: V is a true subset of the filters, chosen greedily
+    random       V orthonormal and random, A the projection on it: BasisConv from scratch (arXiv 1906.04509)
     qr-unpivoted plain QR of W^T as arXiv 2408.06024 describes it: the span of the first R filters in
                  storage order; no rank-revealing property, kept for replication
 
@@ -108,6 +109,15 @@ def _qr_unpivoted(weight: Tensor) -> Decomposition:
     return Decomposition(r.mT.contiguous(), q.mT.contiguous(), r.square().sum(-1))
 
 
+def _random(weight: Tensor) -> Decomposition:
+    generator = torch.Generator().manual_seed(0)
+    groups, _, size = weight.shape
+    basis = torch.randn(groups, size, size, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(basis).Q.mT.contiguous()
+    composition = weight @ basis.mT
+    return Decomposition(composition, basis, composition.square().sum(1))
+
+
 def _qr(weight: Tensor) -> Decomposition:
     triangles, bases, energies, orders = [], [], [], []
     for block in weight:
@@ -146,6 +156,7 @@ METHODS: dict[str, Callable[[Tensor], Decomposition]] = {
     "qr": _qr,
     "qr-unpivoted": _qr_unpivoted,
     "eigen": _eigen,
+    "random": _random,
 }
 
 

@@ -27,8 +27,11 @@ def compress(
     *,
     layers: Layers = "all",
     size: int | float = 0.5,
+    macs_ratio: float | None = None,
+    params_ratio: float | None = None,
     form: str = "output",
-    method: str = "svd",
+    method: str | None = None,
+    fixed_basis: bool = False,
     plan: Plan | str | Path | None = None,
     effective_weights: bool = False,
 ) -> nn.Module:
@@ -44,8 +47,13 @@ def compress(
             ranges, names, patterns, functions and dicts of rules: see ``fxbasis.passes.selection``.
         size: an integer is the number of basis convolutions, a float in (0, 1] the fraction of the layer's
             out_channels, at least one for each group and capped at the largest useful rank.
-        form: ``"output"``, basis convolution and 1x1 composition of its output.
-        method: ``"svd"``, ``"eigen"``, ``"qr"`` (a subset of filters) or ``"qr-unpivoted"``.
+        macs_ratio, params_ratio: instead of ``size``, the largest rank at which the layer has at most this
+            part of its MACs or parameters.
+        form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"input"``, ``"spatial"``,
+            ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
+        method: how its numbers are found; by default the first of those that the form has: ``"svd"``,
+            ``"eigen"``, ``"qr"`` (a subset of filters), ``"qr-unpivoted"``, ``"random"``, or ``"als"``.
+        fixed_basis: the first step has no gradients, so that only the others learn (BasisConv).
         plan: a plan, or the file of one, that decides instead of all the others.
         effective_weights: compress classes that compute their kernel from the stored weight in a forward of
             their own (weight standardisation) by that kernel; fold gives plain Conv2d for them. Otherwise
@@ -74,7 +82,16 @@ def compress(
     traced = trace(model, example_inputs)
     if plan is None:
         table = number_convs(traced, example_inputs, effective_weights=effective_weights)
-        plan = select(table, layers, size=size, form=form, method=method)
+        plan = select(
+            table,
+            layers,
+            size=size,
+            macs_ratio=macs_ratio,
+            params_ratio=params_ratio,
+            form=form,
+            method=method,
+            fixed_basis=fixed_basis,
+        )
     elif isinstance(plan, (str, Path)):
         plan = Plan.from_json(plan)
     elif not isinstance(plan, Plan):

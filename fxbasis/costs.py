@@ -23,8 +23,6 @@ __all__ = [
     "ConvShape",
     "dense_macs",
     "dense_params",
-    "output_form_macs",
-    "output_form_params",
     "output_size",
 ]
 
@@ -103,23 +101,3 @@ def dense_params(shape: ConvShape) -> int:
     36928
     """
     return shape.out_channels * (shape.fan_in + shape.bias)
-
-
-def output_form_macs(shape: ConvShape, rank: int, output_size: tuple[int, int], batch: int = 1) -> int:
-    """MACs of ``rank`` basis convolutions and the 1x1 composition after them.
-
-    >>> shape = ConvShape(64, 64, (3, 3))
-    >>> output_form_macs(shape, 32, (56, 56)) / dense_macs(shape, (56, 56))
-    0.5555555555555556
-    """
-    per_position = rank * (shape.fan_in + shape.out_channels // shape.groups)
-    return batch * output_size[0] * output_size[1] * per_position
-
-
-def output_form_params(shape: ConvShape, rank: int) -> int:
-    """Weights of basis and composition, and the bias, which belongs to the composition alone.
-
-    >>> output_form_params(ConvShape(64, 64, (3, 3)), 32)
-    20480
-    """
-    return rank * (shape.fan_in + shape.out_channels // shape.groups) + shape.out_channels * shape.bias

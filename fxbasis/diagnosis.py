@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from .errors import FxBasisWarning
-from .passes.numbering import OK, UNSUPPORTED, ConvRecord, ConvTable, number_convs
+from .passes.numbering import number_convs
 from .passes.profiling import profile
-from .passes.selection import rank_of
+from .passes.ranking import ranks_by_size
+from .passes.records import OK, UNSUPPORTED, ConvRecord, ConvTable
 from .passes.tracing import Part, parts_of, trace
 from .running import ExampleInputs
 from .tables import aligned
@@ -95,7 +96,7 @@ class Diagnosis:
             f"{(record.macs or 0) / self.macs:.1%}" if self.macs else "-",
             "graph" if self.part_of(record.name).graph else "Python",
             "-" if record.status == UNSUPPORTED else f"{shape.break_even_rank:.1f}",
-            f"{rank_of(record, 0.5) / shape.break_even_rank:.2f}" if record.status == OK else "-",
+            f"{ranks_by_size(record, 0.5)[0] / shape.break_even_rank:.2f}" if record.status == OK else "-",
             f"{record.status}: {record.reason}" if record.reason else record.status,
         ]
 
@@ -162,6 +163,6 @@ def _ratio(table: ConvTable, macs: int, size: float) -> float:
     saved = 0.0
     for record in table:
         if record.status == OK:
-            part = rank_of(record, size) / record.shape.break_even_rank
+            part = ranks_by_size(record, size)[0] / record.shape.break_even_rank
             saved += (record.macs or 0) * max(0.0, 1.0 - part)
     return 1.0 - saved / macs if macs else 1.0

@@ -1,9 +1,10 @@
-"""The module that stands where a Conv2d stood: basis convolution, then composition.
+"""The module that stands where a Conv2d stood: the steps of its form, one after the other.
 
-Output form (arXiv 2408.06024, arXiv 1906.04509): ``rank`` convolutions with the kernel, stride,
-padding, padding mode, dilation and groups of the original, without bias, then a 1x1 convolution with the
-same groups and the original's bias. Folding multiplies the two weights, group by group, in float64: the
-same function exactly, for every option, since padding acts on the input alone.
+Of the output form (arXiv 2408.06024, arXiv 1906.04509) these are ``rank`` convolutions with the kernel,
+stride, padding, padding mode, dilation and groups of the original, without bias, and a 1x1 convolution with
+the same groups and the original's bias; the others stand in ``structures``. Folding multiplies the weights,
+group by group, in float64: the same function exactly, for every option, since padding an axis with zeros,
+or with what the axis holds itself, gives the same before and after a step that has no kernel there.
 
 The factors are plain ``nn.Conv2d``, but for the basis of a class that prepares its input (see ``kernels``),
 which has that class, to do the same. What was done stands on the composition (``fxbasis_layer``), so
@@ -12,93 +13,73 @@ that it survives deepcopy, pickle and rebuilding of a GraphModule, which keep le
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .bases import Factors
+from .carrying import carry_attributes, carry_hooks
 from .errors import VerificationError
-from .kernels import bare_conv, conv_like, kernel_of, weight_hooks
-from .recipe import LayerPlan
+from .factors import GaugeComposition, chained, factors_like, product
+from .kernels import bare_conv, conv_like, kernel_of
+from .recipe import LAYER, LayerPlan
 
 __all__ = ["LAYER", "BasisConv2d", "as_form", "layer_plan"]
 
-LAYER = "fxbasis_layer"
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks of its own."""
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
-def carry_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register the forward and backward hooks of ``source`` on ``target`` too, without weight hooks."""
-    made = weight_hooks(source)
-    for name in _HOOKS:
-        hooks = getattr(source, name).items()
-        getattr(target, name).update({key: hook for key, hook in hooks if key not in made})
-    target._is_full_backward_hook = source._is_full_backward_hook
-
-
-def carry_attributes(source: nn.Module, target: nn.Module) -> None:
-    """Give ``target`` the attributes that somebody set on ``source`` and its class does not answer."""
-    for key, value in vars(source).items():
-        if key != LAYER and key not in vars(target) and not hasattr(type(target), key):
-            vars(target)[key] = value
-
 
 class BasisConv2d(nn.Module):
-    """Basis convolution and composition in place of one Conv2d; input and output shapes are its own.
+    """A chain of convolutions in place of one Conv2d; input and output shapes are its own.
 
-    Attributes:
-        basis: Conv2d with weight (rank, in_channels / groups, K_h, K_w), no bias.
-        composition: 1x1 Conv2d with weight (out_channels, rank / groups, 1, 1) and the original's bias.
+    Its submodules are the steps of its form (``structures``), the first always ``basis``, the last
+    ``composition``. It answers the attributes of Conv2d, ``weight`` reconstructed, for code that reads them.
 
-    It answers the attributes of Conv2d, ``weight`` reconstructed, for code that reads them.
-
-    >>> from fxbasis.bases import decompose
+    >>> from fxbasis.fitting import fit
     >>> conv = nn.Conv2d(3, 8, 3, padding=1)
     >>> plan = LayerPlan(number=1, name="conv", in_channels=3, out_channels=8, kernel_size=(3, 3),
-    ...                  form="output", method="svd", rank=4)
-    >>> form = BasisConv2d.from_conv2d(conv, plan, decompose(conv.weight).factors(4))
+    ...                  form="output", method="svd", ranks=(4,))
+    >>> form = BasisConv2d.from_conv2d(conv, plan, fit(conv.weight, plan))
     >>> form(torch.zeros(1, 3, 5, 5)).shape, form.to_conv2d().weight.shape
     (torch.Size([1, 8, 5, 5]), torch.Size([8, 3, 3, 3]))
     """
 
     transposed = False
     output_padding = (0, 0)
+    basis: nn.Conv2d
+    composition: nn.Conv2d | GaugeComposition
 
-    def __init__(self, basis: nn.Conv2d, composition: nn.Conv2d) -> None:
+    def __init__(self, factors: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.basis = basis
-        self.composition = composition
-        self.training = composition.training
+        for name, module in factors.items():
+            self.add_module(name, module)
+        self.training = self.composition.training
 
     def forward(self, input: Tensor) -> Tensor:
-        """The composition of the basis convolution's output."""
-        output: Tensor = self.composition(self.basis(input))
-        return output
+        """One step after the other; of the weight form one convolution with the product of its factors."""
+        plan = self.plan
+        if plan.form == "weight":
+            output: Tensor = self.basis._conv_forward(input, self._composed(), self.bias)
+            return output
+        for name in plan.called:
+            input = self.get_submodule(name)(input)
+        return input
+
+    def _composed(self) -> Tensor:
+        """The weight of the weight form, in its own dtype and with gradients."""
+        groups = self.plan.steps[0].groups
+        basis = self.basis.weight.reshape(groups, -1, self.basis.weight[0].numel())
+        composition = self.composition.weight.reshape(groups, -1, basis.shape[1])
+        return (composition @ basis).reshape(-1, *self.basis.weight.shape[1:])
 
     @classmethod
     def empty_like(cls, conv: nn.Conv2d, plan: LayerPlan) -> BasisConv2d:
         """The structure for ``plan`` with uninitialised factors; dtype, device, mode, hooks of ``conv``."""
         kernel = kernel_of(conv).conv
-        basis = conv_like(kernel, plan.rank, bias=False)
-        vars(basis).pop(LAYER, None)
-        composition = _composition(kernel, plan.rank)
-        setattr(composition, LAYER, plan)
-        form = cls(basis, composition).train(conv.training)
+        factors = factors_like(kernel, plan)
+        for module in factors.values():
+            vars(module).pop(LAYER, None)
+        setattr(factors["composition"], LAYER, plan)
+        form = cls(factors).train(conv.training)
         carry_hooks(conv, form)
         carry_attributes(conv, form)
         form._take_options(conv, _layout(kernel.weight))
@@ -106,21 +87,24 @@ class BasisConv2d(nn.Module):
 
     def _take_options(self, conv: nn.Conv2d, layout: torch.memory_format) -> None:
         trained = {kind: _trained(conv, kind) for kind in ("weight", "bias")}
-        for factor in (self.basis, self.composition):
-            factor.weight.data = factor.weight.data.to(memory_format=layout)
-            factor.weight.requires_grad_(trained["weight"])
-        if self.composition.bias is not None:
-            self.composition.bias.requires_grad_(trained["bias"])
+        for name, parameter in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            if kind == "weight":
+                parameter.data = parameter.data.to(memory_format=layout)
+            parameter.requires_grad_(trained[kind])
+        if self.plan.fixed_basis:
+            self.basis.weight.requires_grad_(False)
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, plan: LayerPlan, factors: Factors) -> BasisConv2d:
-        """The form of ``conv`` with the given factors, rounded once to the layer's dtype."""
+    def from_conv2d(cls, conv: nn.Conv2d, plan: LayerPlan, factors: Mapping[str, Tensor]) -> BasisConv2d:
+        """The form of ``conv`` with the given factors by name, rounded once to the layer's dtype."""
         form, bias = cls.empty_like(conv, plan), kernel_of(conv).conv.bias
+        state = form.state_dict(keep_vars=True)
         with torch.no_grad():
-            form.basis.weight.copy_(factors.basis.reshape(form.basis.weight.shape))
-            form.composition.weight.copy_(factors.composition.reshape(form.composition.weight.shape))
-            if bias is not None and form.composition.bias is not None:
-                form.composition.bias.copy_(bias)
+            for name, factor in factors.items():
+                state[name].copy_(factor.reshape(state[name].shape))
+            if bias is not None and form.bias is not None:
+                form.bias.copy_(bias)
         return form
 
     def to_conv2d(self) -> nn.Conv2d:
@@ -131,17 +115,26 @@ class BasisConv2d(nn.Module):
         Raises:
             VerificationError: when the two differ by more than rounding of the layer's dtype.
         """
-        conv = conv_like(self.basis, self.out_channels, bias=self.bias is not None)
+        conv = self._dense_like()
         with torch.no_grad():
             conv.weight.data = self.weight.to(memory_format=_layout(self.basis.weight))
             if conv.bias is not None and self.bias is not None:
                 conv.bias.copy_(self.bias)
                 conv.bias.requires_grad_(self.bias.requires_grad)
-        conv.weight.requires_grad_(self.basis.weight.requires_grad or self.composition.weight.requires_grad)
+        weights = [part for name, part in self.named_parameters() if name.endswith("weight")]
+        conv.weight.requires_grad_(any(part.requires_grad for part in weights))
         carry_hooks(self, conv)
         carry_attributes(self, conv)
         _check_fold(self, conv)
         return conv.train(self.composition.training)
+
+    def _dense_like(self) -> nn.Conv2d:
+        bias = self.bias is not None
+        if self.plan.whole_first or self.plan.form == "weight":
+            return conv_like(self.basis, self.out_channels, bias=bias)
+        options = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        channels = (self.in_channels, self.out_channels, self.plan.kernel_size)
+        return bare_conv(*channels, self.basis.weight, bias=bias, groups=self.groups, **options)
 
     @property
     def plan(self) -> LayerPlan:
@@ -150,13 +143,19 @@ class BasisConv2d(nn.Module):
         return plan
 
     @property
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """The modules whose calls begin and end a call of the form, also where its steps are called."""
+        return (self.basis, self.composition) if self.plan.called else (self, self)
+
+    @property
+    def factors(self) -> dict[str, nn.Module]:
+        """The modules of its steps by name."""
+        return {step.name: self.get_submodule(step.name) for step in self.plan.steps}
+
+    @property
     def weight(self) -> Tensor:
         """The folded weight (out_channels, in_channels / groups, K_h, K_w), multiplied in float64."""
-        groups, rank = self.groups, self.basis.out_channels // self.groups
-        basis = self.basis.weight.double().reshape(groups, rank, -1)
-        composition = self.composition.weight.double().reshape(groups, -1, rank)
-        shape = (self.out_channels, *self.basis.weight.shape[1:])
-        return (composition @ basis).reshape(shape).to(self.basis.weight.dtype)
+        return product(self.plan, self.factors).to(self.basis.weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -166,55 +165,62 @@ class BasisConv2d(nn.Module):
     @property
     def in_channels(self) -> int:
         """Channels of the input."""
-        return self.basis.in_channels
+        return self.plan.in_channels
 
     @property
     def out_channels(self) -> int:
         """Channels of the output."""
-        return self.composition.out_channels
+        return self.plan.out_channels
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
-        """(K_h, K_w) of the basis."""
-        return self.basis.kernel_size
+        """(K_h, K_w) of the folded convolution."""
+        return self.plan.kernel_size
 
     @property
     def stride(self) -> tuple[int, ...]:
-        """Stride of the basis."""
-        return self.basis.stride
+        """Stride of the steps with the kernel of each axis."""
+        return tuple(module.stride[axis] for axis, module in enumerate(self._with_kernel()))
 
     @property
     def padding(self) -> str | tuple[int, ...]:
-        """Padding of the basis."""
-        return self.basis.padding
+        """Padding of the steps with the kernel of each axis."""
+        modules = self._with_kernel()
+        if isinstance(modules[0].padding, str):
+            return modules[0].padding
+        return tuple(int(module.padding[axis]) for axis, module in enumerate(modules))
 
     @property
     def dilation(self) -> tuple[int, ...]:
-        """Dilation of the basis."""
-        return self.basis.dilation
+        """Dilation of the steps with the kernel of each axis."""
+        return tuple(module.dilation[axis] for axis, module in enumerate(self._with_kernel()))
 
     @property
     def groups(self) -> int:
-        """Groups of basis and composition."""
-        return self.basis.groups
+        """Groups of the folded convolution."""
+        return self.plan.groups
 
     @property
     def padding_mode(self) -> Any:
-        """Padding mode of the basis."""
-        return self.basis.padding_mode
+        """Padding mode of the step with the kernel."""
+        return self._with_kernel()[0].padding_mode
+
+    def _with_kernel(self) -> tuple[nn.Conv2d, nn.Conv2d]:
+        """The steps that have the vertical and the horizontal kernel."""
+        steps = self.plan.steps
+        height, width = (next(step.name for step in steps if step.axes[axis]) for axis in (0, 1))
+        return cast(nn.Conv2d, self.get_submodule(height)), cast(nn.Conv2d, self.get_submodule(width))
 
 
 def as_form(module: nn.Module) -> BasisConv2d | None:
-    """The form that the module is, or that its two children are, when its class was lost in a copy."""
+    """The form that the module is, or that its children are, when its class was lost in a copy."""
     if isinstance(module, BasisConv2d):
         return module
-    basis, composition = getattr(module, "basis", None), getattr(module, "composition", None)
-    plan: LayerPlan | None = getattr(composition, LAYER, None)
+    plan: LayerPlan | None = getattr(getattr(module, "composition", None), LAYER, None)
     if plan is None or not plan.compressed:
         return None
-    if isinstance(basis, nn.Conv2d) and isinstance(composition, nn.Conv2d):
-        return BasisConv2d(basis, composition)
-    return None
+    factors = {name: part for name, part in module.named_children() if name in {s.name for s in plan.steps}}
+    return BasisConv2d(factors) if len(factors) == len(plan.steps) else None
 
 
 def layer_plan(module: nn.Module) -> LayerPlan | None:
@@ -222,12 +228,6 @@ def layer_plan(module: nn.Module) -> LayerPlan | None:
     form = as_form(module)
     plan: LayerPlan | None = form.plan if form is not None else getattr(module, LAYER, None)
     return plan
-
-
-def _composition(kernel: nn.Conv2d, rank: int) -> nn.Conv2d:
-    """The 1x1 convolution from ``rank`` channels to those of the kernel, with its groups, uninitialised."""
-    options = {"groups": kernel.groups, "bias": kernel.bias is not None}
-    return bare_conv(rank, kernel.out_channels, 1, kernel.weight, **options)
 
 
 def _trained(conv: nn.Conv2d, kind: str) -> bool:
@@ -253,13 +253,11 @@ def _check_fold(form: BasisConv2d, conv: nn.Conv2d) -> None:
     ]
     generator = torch.Generator().manual_seed(0)
     patch = torch.randn(1, conv.in_channels, *extent, generator=generator, dtype=torch.float64)
-    basis, composition, weight = (
-        module.weight.to("cpu", torch.float64) for module in (form.basis, form.composition, conv)
-    )
-    options = (None, conv.stride, 0, conv.dilation, conv.groups)
-    expected = nn.functional.conv2d(
-        nn.functional.conv2d(patch, basis, *options), composition, groups=conv.groups
-    )
+    weight, options = conv.weight.to("cpu", torch.float64), (None, conv.stride, 0, conv.dilation, conv.groups)
+    if form.plan.called:
+        expected = chained(form.plan, form.factors, patch)
+    else:
+        expected = nn.functional.conv2d(patch, form._composed().to("cpu", torch.float64), *options)
     gap = (nn.functional.conv2d(patch, weight, *options) - expected).abs().max()
     scale = expected.abs().max() + weight.abs().max()
     sums = weight[0].numel() * torch.finfo(torch.float64).eps

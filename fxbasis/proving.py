@@ -64,7 +64,7 @@ def _differences(
             _watch(form, folded, found, check, training=training)
             dense[name].__class__, dense[name].__dict__ = type(folded), folded.__dict__  # wherever it is held
             dense[name].register_forward_hook(lambda *_, key=str(form.plan): calls.update([key]))
-            form.composition.register_forward_hook(lambda *_, key=str(form.plan): calls.subtract([key]))
+            form.ends[1].register_forward_hook(lambda *_, key=str(form.plan): calls.subtract([key]))
     try:
         expected = run(reference, example_inputs, training=training)
     except InputError:
@@ -128,5 +128,6 @@ def _watch(
         found.append(check_equal(expected, output, what, remedy))
         return expected
 
-    form.basis.register_forward_pre_hook(expect, with_kwargs=True)
-    form.composition.register_forward_hook(compare)
+    first, last = form.ends
+    first.register_forward_pre_hook(expect, with_kwargs=True)
+    last.register_forward_hook(compare)

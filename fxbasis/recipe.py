@@ -12,16 +12,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .bases import METHODS
 from .costs import ConvShape
 from .errors import PlanError
 from .files import write_whole
+from .structures import FORMS, Ranks, Step
 
-__all__ = ["DENSE", "FORMS", "LayerPlan", "Plan"]
+__all__ = ["DENSE", "LAYER", "LayerPlan", "Plan"]
 
-FORMAT = 1
+FORMAT = 2
 DENSE = "dense"
-FORMS = ("output",)
+LAYER = "fxbasis_layer"  # the attribute of a module that holds its LayerPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,10 @@ class LayerPlan:
         number: its number, from 1, in the order of definition.
         name: its qualified name.
         in_channels, out_channels, kernel_size, groups: its shape, by which the model is recognised.
-        form: ``"output"``, or ``"dense"`` for a layer left alone.
-        method: how the basis was found; empty when dense.
-        rank: number of basis convolutions over all groups; 0 when dense.
+        form: a key of ``structures.FORMS``, or ``"dense"`` for a layer left alone.
+        method: how the numbers of the form are found; empty when dense.
+        ranks: channels between its steps, over all groups: one for most forms; none when dense.
+        fixed_basis: the first step is not trained.
         reason: why it is left dense, or a remark.
         effective: rewritten is not the stored weight, but the kernel that its own class makes of it.
     """
@@ -47,7 +48,8 @@ class LayerPlan:
     groups: int = 1
     form: str = DENSE
     method: str = ""
-    rank: int = 0
+    ranks: Ranks = ()
+    fixed_basis: bool = False
     reason: str = ""
     effective: bool = False
 
@@ -60,6 +62,26 @@ class LayerPlan:
     def compressed(self) -> bool:
         """Whether the layer is rewritten."""
         return self.form != DENSE
+
+    @property
+    def rank(self) -> int:
+        """The first rank, of most forms the only one: the number of basis convolutions; 0 when dense."""
+        return self.ranks[0] if self.ranks else 0
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The convolutions of the form in their order; none when dense."""
+        return FORMS[self.form].steps(self.shape, self.ranks) if self.compressed else ()
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The names of the steps that are called one after the other; none when the form itself is called."""
+        return () if self.form == "weight" else tuple(step.name for step in self.steps)
+
+    @property
+    def whole_first(self) -> bool:
+        """Whether its first step convolves the input with the whole kernel."""
+        return self.form in ("output", "gauge")
 
     def __str__(self) -> str:
         weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
@@ -142,7 +164,7 @@ _TYPES: dict[str, type] = {
     "groups": int,
     "form": str,
     "method": str,
-    "rank": int,
+    "fixed_basis": bool,
     "reason": str,
     "effective": bool,
 }
@@ -150,8 +172,6 @@ _TYPES: dict[str, type] = {
 
 def _layer(entry: Any, position: int, source: str) -> LayerPlan:
     where = f"{source}, layer entry {position + 1}"
-    if isinstance(entry, dict):
-        entry = {"effective": False} | entry  # plans from before this field
     if not isinstance(entry, dict) or set(entry) != {field.name for field in fields(LayerPlan)}:
         raise PlanError(f"{where} does not have the keys of a layer; make the plan again")
     for key, kind in _TYPES.items():
@@ -160,29 +180,43 @@ def _layer(entry: Any, position: int, source: str) -> LayerPlan:
     kernel = entry["kernel_size"]
     if not isinstance(kernel, (list, tuple)) or [type(size) for size in kernel] != [int, int]:
         raise PlanError(f"{where}: kernel_size is {kernel!r}; make the plan again")
-    layer = LayerPlan(**{**entry, "kernel_size": (kernel[0], kernel[1])})
-    _check_rank(layer, where)
+    ranks = entry["ranks"]
+    if not isinstance(ranks, (list, tuple)) or any(type(rank) is not int for rank in ranks):
+        raise PlanError(f"{where}: ranks is {ranks!r}; make the plan again")
+    layer = LayerPlan(**{**entry, "kernel_size": (kernel[0], kernel[1]), "ranks": tuple(ranks)})
+    _check_shape(layer, where)
+    _check_ranks(layer, where)
     return layer
 
 
-def _check_rank(layer: LayerPlan, where: str) -> None:
-    shape = layer.shape
+def _check_shape(layer: LayerPlan, where: str) -> None:
     sizes = (layer.number, layer.in_channels, layer.out_channels, layer.groups, *layer.kernel_size)
     if min(sizes) < 1 or layer.in_channels % layer.groups or layer.out_channels % layer.groups:
         raise PlanError(f"{where}, {layer.name}: not the shape of a convolution; make the plan again")
-    if layer.form not in (DENSE, *FORMS) or (layer.compressed and layer.method not in METHODS):
+
+
+def _check_ranks(layer: LayerPlan, where: str) -> None:
+    if layer.form not in (DENSE, *FORMS) or (
+        layer.compressed and layer.method not in FORMS[layer.form].methods
+    ):
         raise PlanError(
             f"{where}: {layer}: form is {layer.form!r}, method is {layer.method!r}; make the plan again"
         )
-    if layer.rank and not layer.compressed:
-        raise PlanError(f"{where}: {layer} is dense and has rank {layer.rank}; make the plan again")
-    if layer.compressed and not 1 <= layer.rank <= shape.largest_rank:
+    if not layer.compressed:
+        if layer.ranks:
+            raise PlanError(f"{where}: {layer} is dense and has ranks {layer.ranks}; make the plan again")
+        return
+    largest = FORMS[layer.form].largest_ranks(layer.shape, layer.method)
+    groups = FORMS[layer.form].steps(layer.shape, largest)[-1].groups
+    if len(largest) != len(layer.ranks) or not all(
+        1 <= rank <= most for rank, most in zip(layer.ranks, largest, strict=True)
+    ):
         raise PlanError(
-            f"{where}: {layer}: rank {layer.rank} is not between 1 and {shape.largest_rank}, "
-            "the largest useful rank; make the plan again"
+            f"{where}: {layer}: ranks {layer.ranks} are not between 1 and {largest}, "
+            f"the largest useful ranks of the {layer.form} form; make the plan again"
         )
-    if layer.compressed and layer.rank % layer.groups:
+    if any(rank % groups for rank in layer.ranks):
         raise PlanError(
-            f"{where}: {layer}: rank {layer.rank} is no multiple of its {layer.groups} groups; "
+            f"{where}: {layer}: ranks {layer.ranks} are no multiples of its {groups} groups; "
             "make the plan again"
         )

@@ -1,7 +1,7 @@
 """``fold``: every basis subgraph back to one Conv2d, exactly.
 
-Composition and basis are linear, so their product is a convolution with the options of the basis and
-the bias of the composition. Names, ``state_dict`` keys and their order are the original's again.
+The steps are linear, so their product is a convolution with their options and the bias of the last.
+Names, ``state_dict`` keys and their order are the original's again.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ class FoldPass(FxPass):
 
 
 def _fold(model: nn.Module) -> int:
-    """Find the pairs in every graph, exchange the modules, join the pairs; counts the layers."""
+    """Find the chains of steps in every graph, exchange the modules, join the chains; counts the layers."""
     forms = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, BasisConv2d)}
-    pairs = {graph: list(_pairs_in(graph, model, forms)) for graph in graphs_in(model)}
+    chains = {graph: list(_chains_in(graph, model, forms)) for graph in graphs_in(model)}
     fold_modules(model)
-    for graph_module, found in pairs.items():
-        for basis, composition in found:
-            _join(graph_module.graph, basis, composition)
+    for graph_module, found in chains.items():
+        for chain in found:
+            _join(graph_module.graph, chain)
         if found:
             graph_module.graph.lint()
             graph_module.recompile()
     return len(forms)
 
 
-def _pairs_in(
+def _chains_in(
     graph_module: fx.GraphModule, model: nn.Module, forms: dict[str, BasisConv2d]
-) -> Iterator[tuple[fx.Node, fx.Node]]:
+) -> Iterator[list[fx.Node]]:
     for name, form in forms.items():
-        names = names_of(graph_module, {id(model.get_submodule(name))})
-        yield from _pairs(graph_module, names, form)
+        for target in names_of(graph_module, {id(model.get_submodule(name))}):
+            yield from _chains(graph_module, target, form)
 
 
 def fold_modules(model: nn.Module) -> None:
@@ -67,7 +67,7 @@ def fold(model: Model) -> Model:
 
     Raises:
         VerificationError: when a folded convolution differs from its form by more than rounding.
-        LayerError: when something else reads the output between a basis and its composition.
+        LayerError: when something else reads what is between two steps.
 
     >>> import torch, fxbasis
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
@@ -82,25 +82,26 @@ def fold(model: Model) -> Model:
     return copied
 
 
-def _pairs(graph_module: fx.GraphModule, names: set[str], form: BasisConv2d) -> list[tuple[fx.Node, fx.Node]]:
-    pairs = []
-    for composition in call_sites(graph_module, {f"{name}.composition" for name in names}):
-        basis = composition.args[0] if composition.args else None
-        targets = {f"{name}.basis" for name in names}
-        if not isinstance(basis, fx.Node) or basis.target not in targets or len(basis.users) > 1:
-            raise LayerError(
-                f"{form.plan} cannot be folded: something stands between its basis and its composition, "
-                f"or reads the basis (node {composition.name}); remove it from the graph first"
-            )
-        pairs.append((basis, composition))
-    return pairs
+def _chains(graph_module: fx.GraphModule, name: str, form: BasisConv2d) -> Iterator[list[fx.Node]]:
+    """The nodes of the steps, in their order, for each call of one form that was expanded."""
+    for node in call_sites(graph_module, {f"{name}.{step}" for step in form.plan.called[-1:]}):
+        chain = [node]
+        for step in reversed(form.plan.called[:-1]):
+            before = chain[0].args[0] if chain[0].args else None
+            if not isinstance(before, fx.Node) or before.target != f"{name}.{step}" or len(before.users) > 1:
+                raise LayerError(
+                    f"{form.plan} cannot be folded: something stands between its steps, or reads what is "
+                    f"between them (node {chain[0].name}); remove it from the graph first"
+                )
+            chain.insert(0, before)
+        yield chain
 
 
-def _join(graph: fx.Graph, basis: fx.Node, composition: fx.Node) -> None:
-    name = str(composition.target).removesuffix(".composition")
-    with graph.inserting_before(composition):
-        node = graph.call_module(name, basis.args, dict(basis.kwargs))
-    keep_meta(composition, same_output=True, to=node)
-    composition.replace_all_uses_with(node)
-    graph.erase_node(composition)
-    graph.erase_node(basis)
+def _join(graph: fx.Graph, chain: list[fx.Node]) -> None:
+    first, last = chain[0], chain[-1]
+    with graph.inserting_before(last):
+        node = graph.call_module(str(last.target).rpartition(".")[0], first.args, dict(first.kwargs))
+    keep_meta(last, same_output=True, to=node)
+    last.replace_all_uses_with(node)
+    for step in reversed(chain):
+        graph.erase_node(step)

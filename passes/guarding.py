@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
 
+from ..carrying import has_hooks
 from ..contexts import open_contexts
-from ..forms import has_hooks
 from .graphs import ObstacleError
 
 __all__ = ["ContextError", "GuardedTracer", "blamed_on", "definition_of"]

@@ -8,140 +8,26 @@ Convolutions that are no module (``F.conv2d`` in the code) have no number; the t
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from ..costs import ConvShape, dense_macs, dense_params, output_form_macs, output_form_params
+from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError
-from ..files import write_whole
 from ..forms import BasisConv2d, as_form, layer_plan
-from ..kernels import KernelError, held_besides, kernel_of, weight_hooks
+from ..kernels import KernelError, class_of, held_besides, kernel_of, weight_hooks
+from ..recipe import LayerPlan
 from ..running import ExampleInputs, copy_to_run
-from ..tables import aligned
+from ..structures import FORMS, form_macs, form_params
 from .base import CONV_NUMBER, FxPass, call_sites
+from .records import COMPRESSED, DEPTHWISE, NO_GAIN, OK, UNSUPPORTED, ConvRecord, ConvTable
 from .tracing import python_in_train, refuse_lazy
-from .watching import FunctionalConv, Seen, readers_in, watched_run
+from .watching import Call, Seen, readers_in, watched_run
 
 __all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs"]
-
-OK = "ok"
-NO_GAIN = "no gain at any rank"
-UNSUPPORTED = "unsupported"
-COMPRESSED = "compressed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvRecord:
-    """One convolution.
-
-    Attributes:
-        index: its number, from 1. name: its first qualified name.
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: its options.
-        output_size: (H, W) of its first call; None without example inputs or when it is never called.
-        macs: multiply-adds of all calls for the example inputs, batch included; None without inputs.
-        params: weights and biases. order: position of its first call, from 1. calls: how many calls.
-        status: ``ok``, ``no gain at any rank``, ``unsupported`` or ``compressed``; reason: why.
-        effective: its own class computes its kernel from the stored weight (weight standardisation).
-    """
-
-    index: int
-    name: str
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
-    groups: int
-    bias: bool
-    output_size: tuple[int, int] | None
-    macs: int | None
-    params: int
-    order: int | None
-    calls: int | None
-    status: str
-    reason: str
-    effective: bool = False
-
-    @property
-    def shape(self) -> ConvShape:
-        """The shape for the closed forms of ``costs``."""
-        return ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups, self.bias)
-
-    def __str__(self) -> str:
-        weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return f"conv {self.index} ({self.name}), weight {weight}"
-
-
-class ConvTable(Sequence[ConvRecord]):
-    """The records of one model, by position: ``table[0]`` is convolution number 1. Prints as a table.
-
-    Attributes:
-        functional: convolutions that no module makes, when inputs were given; they have no number.
-    """
-
-    def __init__(self, records: Sequence[ConvRecord], functional: Sequence[FunctionalConv] = ()) -> None:
-        self._records = tuple(records)
-        self.functional = tuple(functional)
-
-    @overload
-    def __getitem__(self, index: int) -> ConvRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> ConvTable: ...
-    def __getitem__(self, index: int | slice) -> ConvRecord | ConvTable:
-        return ConvTable(self._records[index]) if isinstance(index, slice) else self._records[index]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[ConvRecord]:
-        return iter(self._records)
-
-    def __str__(self) -> str:
-        headers: tuple[str, ...] = ("#", "name", "in", "out", "kernel", "stride", "groups", "output")
-        headers += ("calls", "MACs", "params", "status")
-        table = aligned([_row(record) for record in self], headers, left=("name", "status"))
-        return "\n".join([table, *map(str, self.functional)])
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Columns by name, each a list of one plain value for each convolution."""
-        rows = [asdict(record) for record in self]
-        return {field.name: [row[field.name] for row in rows] for field in fields(ConvRecord)}
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write the table as CSV with a header line, whole or not at all."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, [field.name for field in fields(ConvRecord)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in self)
-        write_whole(Path(path), text.getvalue().encode())
-
-
-def _row(record: ConvRecord) -> list[str]:
-    status = f"{record.status}: {record.reason}" if record.reason else record.status
-    return [
-        str(record.index),
-        record.name,
-        str(record.in_channels),
-        str(record.out_channels),
-        "x".join(map(str, record.kernel_size)),
-        "x".join(map(str, record.stride)),
-        str(record.groups),
-        "x".join(map(str, record.output_size)) if record.output_size else "-",
-        "-" if record.calls is None else str(record.calls),
-        "-" if record.macs is None else f"{record.macs:,}",
-        f"{record.params:,}",
-        status,
-    ]
 
 
 def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
@@ -177,6 +63,7 @@ def number_convs(
         LayerError: when a lazy convolution has no weight yet.
         InputError: when the model fails on the inputs.
 
+    >>> import torch
     >>> table = number_convs(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), torch.zeros(1, 3, 8, 8))
     >>> [(record.index, record.name, record.output_size, record.macs) for record in table]
     [(1, '0', (6, 6), 7776), (2, '1', (6, 6), 2304)]
@@ -207,17 +94,19 @@ def _record(
     index: int,
     name: str,
     layer: nn.Conv2d | BasisConv2d,
-    calls: dict[str, list[tuple[int, torch.Size]]] | None,
+    calls: dict[str, list[Call]] | None,
     obstacle: str,
     effective: bool,
 ) -> ConvRecord:
     kernel, bias = (layer.kernel_size[0], layer.kernel_size[1]), layer.bias is not None
     shape = ConvShape(layer.in_channels, layer.out_channels, kernel, layer.groups, bias)
     made = [] if calls is None else calls.get(name, [])
-    sizes = [(int(size[-2]), int(size[-1])) for _, size in made]
-    batches = [int(size[0]) if len(size) == 4 else 1 for _, size in made]
+    sizes = [(int(size[-2]), int(size[-1])) for _, size, _ in made]
+    inputs = [(int(size[-2]), int(size[-1])) for _, _, size in made]
+    batches = [int(size[0]) if len(size) == 4 else 1 for _, size, _ in made]
+    prepares = isinstance(layer, nn.Conv2d) and class_of(layer) is not nn.Conv2d and not effective
     status, reason = _status(layer, shape, obstacle, calls is not None and not made)
-    rank = layer.plan.rank if isinstance(layer, BasisConv2d) else None
+    plan = layer.plan if isinstance(layer, BasisConv2d) else None
     return ConvRecord(
         index=index,
         name=name,
@@ -230,26 +119,32 @@ def _record(
         groups=layer.groups,
         bias=bias,
         output_size=sizes[0] if sizes else None,
-        macs=None if calls is None else sum(map(_macs_of(shape, rank), sizes, batches)),
-        params=dense_params(shape) if rank is None else output_form_params(shape, rank),
+        macs=None if calls is None else sum(map(_macs_of(shape, plan), sizes, inputs, batches)),
+        params=dense_params(shape) if plan is None else form_params(plan.form, shape, plan.ranks),
         order=made[0][0] if made else None,
         calls=None if calls is None else len(made),
         status=status,
         reason=reason,
         effective=effective,
+        prepares=prepares,
+        input_size=inputs[0] if inputs else None,
     )
 
 
-def _macs_of(shape: ConvShape, rank: int | None) -> Any:
-    if rank is None:
-        return lambda size, batch: dense_macs(shape, size, batch)
-    return lambda size, batch: output_form_macs(shape, rank, size, batch)
+def _macs_of(shape: ConvShape, plan: LayerPlan | None) -> Any:
+    if plan is None:
+        return lambda size, _, batch: dense_macs(shape, size, batch)
+    return lambda size, before, batch: form_macs(plan.form, shape, plan.ranks, size, before, batch)
 
 
 def _status(layer: nn.Conv2d | BasisConv2d, shape: ConvShape, obstacle: str, idle: bool) -> tuple[str, str]:
     if isinstance(layer, BasisConv2d):
         plan = layer.plan
-        return COMPRESSED, f"{plan.form} form, {plan.method}, rank {plan.rank} of {shape.largest_rank}"
+        ranks, largest = (
+            ", ".join(map(str, found))
+            for found in (plan.ranks, FORMS[plan.form].largest_ranks(shape, plan.method))
+        )
+        return COMPRESSED, f"{plan.form} form, {plan.method}, rank {ranks} of {largest}"
     if obstacle or idle:
         return UNSUPPORTED, obstacle or "it is not called on these inputs"
     if not shape.gains:
@@ -282,7 +177,7 @@ def _obstacle_of_kernel(conv: nn.Conv2d) -> str:
     if not conv.weight.is_floating_point():
         return f"its weight is {str(conv.weight.dtype).removeprefix('torch.')}"
     if conv.groups > 1 and conv.groups == conv.out_channels:
-        return "depthwise: a group of one filter has no smaller basis"
+        return DEPTHWISE
     return ""
 
 
@@ -293,7 +188,8 @@ class NumberingPass(FxPass):
         """Number the call sites; counts those whose number was missing or different."""
         changed = 0
         for index, (name, layer) in enumerate(conv_layers(graph_module).items(), 1):
-            factors = {f"{name}.basis", f"{name}.composition"} if isinstance(layer, BasisConv2d) else set()
+            steps = layer.plan.called if isinstance(layer, BasisConv2d) else ()
+            factors = {f"{name}.{step}" for step in steps}
             for node in call_sites(graph_module, {name, *factors}):
                 changed += node.meta.get(CONV_NUMBER) != index
                 node.meta[CONV_NUMBER] = index

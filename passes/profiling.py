@@ -34,13 +34,13 @@ class LayerProfile:
 
     Attributes:
         number: the convolution's number; None for another layer.
-        name, kind, shape, form, rank: what it is; shape is that of its dense weight; form is ``dense``
-            and rank 0 for a convolution left alone.
+        name, kind, shape, form, ranks: what it is; shape is that of its dense weight; form is ``dense``
+            and without ranks for a convolution left alone.
         macs_before, params_before, activations_before: of the dense layer, by the closed form.
         macs, params: of the layer as it is, by the closed form.
         counted: MACs counted from the operations that ran.
         activations: elements of all its outputs, the basis convolution's included.
-        break_even_rank: R*, below which the form is cheaper than dense.
+        break_even_rank: R*, below which the output form is cheaper than dense.
         note: why it is left dense, or a remark.
     """
 
@@ -49,7 +49,7 @@ class LayerProfile:
     kind: str
     shape: tuple[int, ...]
     form: str
-    rank: int
+    ranks: tuple[int, ...]
     macs_before: int
     macs: int
     counted: int
@@ -158,7 +158,7 @@ def _row(layer: LayerProfile) -> list[str]:
         layer.kind,
         "x".join(map(str, layer.shape)),
         layer.form,
-        str(layer.rank or ""),
+        ", ".join(map(str, layer.ranks)),
         "" if layer.break_even_rank is None else f"{layer.break_even_rank:.1f}",
         f"{layer.macs_before:,}",
         f"{layer.macs:,}",
@@ -191,7 +191,8 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     table = number_convs(copied, example_inputs)
     counter = count_macs(copied, example_inputs)
     layers = [_conv_profile(record, layer, counter) for record, layer in _with_layers(table, copied)]
-    layers += _others(copied, counter, {layer.name for layer in layers})
+    scopes = {scope for found in conv_layers(copied).items() for scope in _scopes(*found)}
+    layers += _others(copied, counter, scopes)
     params = sum(parameter.numel() for parameter in copied.parameters())
     saved = sum(layer.params_before - layer.params for layer in layers)
     return Profile(tuple(layers), batch_size(example_inputs), params, params + saved, counter.uncounted)
@@ -220,13 +221,16 @@ def _with_layers(table: Any, model: nn.Module) -> Iterator[tuple[ConvRecord, nn.
 
 
 def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: MacCounter) -> LayerProfile:
-    scopes = [record.name]
+    scopes = _scopes(record.name, layer)
     before, params_before, plan = record.macs or 0, record.params, None
+    outputs = counter.activations[record.name]
     if isinstance(layer, BasisConv2d):
         plan = layer.plan
-        scopes += [f"{record.name}.basis", f"{record.name}.composition"]
-        per_position = dense_macs(record.shape, (1, 1))
-        before = counter.activations[scopes[-1]] // record.out_channels * per_position
+        if plan.called:
+            outputs = counter.activations[scopes[-1]]
+        else:  # beside the product of its factors
+            outputs -= (record.calls or 0) * dense_params(plan.shape)
+        before = outputs // record.out_channels * dense_macs(record.shape, (1, 1))
         params_before = dense_params(record.shape)
     activations = sum(counter.activations[scope] for scope in scopes)
     return LayerProfile(
@@ -235,24 +239,30 @@ def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: M
         kind="Conv2d",
         shape=(record.out_channels, record.in_channels // record.groups, *record.kernel_size),
         form=plan.form if plan else "dense",
-        rank=plan.rank if plan else 0,
+        ranks=plan.ranks if plan else (),
         macs_before=before,
         macs=record.macs or 0,
         counted=sum(counter.macs[scope] for scope in scopes),
         params_before=params_before,
         params=record.params,
-        activations_before=counter.activations[scopes[-1]],
+        activations_before=outputs,
         activations=activations,
         break_even_rank=record.shape.break_even_rank,
         note=plan.reason if plan else record.reason,
     )
 
 
+def _scopes(name: str, layer: nn.Conv2d | BasisConv2d) -> list[str]:
+    """The layer and its steps."""
+    steps = layer.plan.steps if isinstance(layer, BasisConv2d) else ()
+    return [name, *(f"{name}.{step.name}" for step in steps)]
+
+
 def _others(model: nn.Module, counter: MacCounter, convs: set[str]) -> list[LayerProfile]:
     """Layers with counted work that are no numbered convolution: linear layers, functional calls."""
     found = []
     for scope, macs in counter.macs.items():
-        if scope in convs or scope.removesuffix(".basis").removesuffix(".composition") in convs:
+        if scope in convs:
             continue
         module = model.get_submodule(scope)
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
@@ -264,7 +274,7 @@ def _others(model: nn.Module, counter: MacCounter, convs: set[str]) -> list[Laye
                 kind=type(module).__name__,
                 shape=tuple(next((p.shape for p in module.parameters(recurse=False)), ())),
                 form="-",
-                rank=0,
+                ranks=(),
                 macs_before=macs,
                 macs=macs,
                 counted=macs,

@@ -1,7 +1,8 @@
-"""``RewritePass``: each Conv2d that a plan names becomes a basis convolution and a composition.
+"""``RewritePass``: each Conv2d that a plan names becomes the steps of a form.
 
 The form module takes the convolution's place in the module tree, under every name that it has. In a
-graph each call of the convolution then becomes two nodes, ``name.basis`` and ``name.composition``. Where a
+graph each call of the convolution then becomes one node for each step, ``name.basis`` to
+``name.composition``. Where a
 call is not a node (a part that stayed Python), or where the convolution has hooks, which belong to one
 call, the form module itself is called. So one exchange serves graphs, parts of graphs and plain modules. The
 convolution *becomes* the form, so that a list or a closure that holds it holds the form too.
@@ -9,14 +10,16 @@ convolution *becomes* the form, so that a list or a closure that holds it holds 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import fx, nn
 
-from ..bases import decompose
+from ..carrying import has_hooks
 from ..errors import LayerError, PlanError
-from ..forms import LAYER, BasisConv2d, has_hooks, layer_plan
+from ..fitting import fit
+from ..forms import LAYER, BasisConv2d, layer_plan
 from ..kernels import KernelError, kernel_of, makers_of
 from ..progress import progress
 from ..recipe import LayerPlan, Plan
@@ -45,7 +48,7 @@ class RewritePass(FxPass):
         return len(rewrite(graph_module, self.plan, empty=self.empty))
 
 
-def rewrite(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[nn.Module]:
+def rewrite(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[BasisConv2d]:
     """Exchange modules, then expand their call sites in every graph; returns the forms, if any is new.
 
     Raises:
@@ -55,14 +58,13 @@ def rewrite(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[nn.Mod
         return []
     forms = rewrite_modules(model, plan, empty=empty)
     for graph_module in graphs_in(model):
-        names = names_of(graph_module, {id(form) for form in forms if not has_hooks(form)})
-        if _expand(graph_module, names):
+        if _expand(graph_module, [form for form in forms if form.plan.called and not has_hooks(form)]):
             graph_module.graph.lint()
             graph_module.recompile()
     return forms
 
 
-def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[nn.Module]:
+def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[BasisConv2d]:
     """Make the convolutions of a plan form modules, in place; returns them.
 
     All are decomposed before the first is exchanged, so that a refusal leaves the model as it was.
@@ -85,7 +87,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> lis
             setattr(convs[layer.name], LAYER, layer)
     for name, form in forms.items():
         become(convs[name], form)
-    return [convs[name] for name in forms]
+    return [cast(BasisConv2d, convs[name]) for name in forms]
 
 
 def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
@@ -142,10 +144,8 @@ def _check_kernel(conv: nn.Conv2d, layer: LayerPlan) -> None:
 
 
 def factorise(conv: nn.Conv2d, layer: LayerPlan) -> BasisConv2d:
-    """The form of one convolution, from one decomposition of its effective weight."""
-    decomposition = decompose(kernel_of(conv).conv.weight, conv.groups, layer.method)
-    factors = decomposition.factors(layer.rank // conv.groups)
-    return BasisConv2d.from_conv2d(conv, layer, factors)
+    """The form of one convolution, fitted to its effective weight."""
+    return BasisConv2d.from_conv2d(conv, layer, fit(kernel_of(conv).conv.weight, layer))
 
 
 def effective_weight_note(conv: nn.Conv2d, layer: LayerPlan) -> str:
@@ -169,16 +169,21 @@ def names_of(model: nn.Module, modules: Collection[int]) -> set[str]:
     return {name for name, found in model.named_modules(remove_duplicate=False) if id(found) in modules}
 
 
-def _expand(graph_module: fx.GraphModule, names: set[str]) -> int:
-    """Two nodes in place of each call of the named forms; returns how many calls there were."""
-    graph = graph_module.graph
-    nodes = call_sites(graph_module, names)
-    for node in nodes:
-        with graph.inserting_before(node):
-            basis = graph.call_module(f"{node.target}.basis", node.args, dict(node.kwargs))
-            composition = graph.call_module(f"{node.target}.composition", (basis,))
-        keep_meta(node, same_output=False, to=basis)
-        keep_meta(node, same_output=True, to=composition)
-        node.replace_all_uses_with(composition)
-        graph.erase_node(node)
-    return len(nodes)
+def _expand(graph_module: fx.GraphModule, forms: Sequence[BasisConv2d]) -> int:
+    """A node for each step in place of each call of the forms; returns how many calls there were."""
+    graph, count = graph_module.graph, 0
+    for form in forms:
+        for node in call_sites(graph_module, names_of(graph_module, {id(form)})):
+            *inner, last = form.plan.called
+            given, named = node.args, dict(node.kwargs)
+            with graph.inserting_before(node):
+                for name in inner:
+                    step = graph.call_module(f"{node.target}.{name}", given, named)
+                    keep_meta(node, same_output=False, to=step)
+                    given, named = (step,), {}
+                composition = graph.call_module(f"{node.target}.{last}", given, named)
+            keep_meta(node, same_output=True, to=composition)
+            node.replace_all_uses_with(composition)
+            graph.erase_node(node)
+            count += 1
+    return count

@@ -13,15 +13,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
-from ..bases import METHODS
 from ..errors import FxBasisWarning, LayerError, SelectionError
-from ..recipe import FORMS, LayerPlan, Plan
-from .numbering import COMPRESSED, OK, UNSUPPORTED, ConvRecord, ConvTable
+from ..recipe import LayerPlan, Plan
+from ..structures import FORMS, Ranks
+from .ranking import check_ratio, check_size, cost_ratio, is_whole, ranks_by_cost, ranks_by_size
+from .records import COMPRESSED, DEPTHWISE, NO_GAIN, UNSUPPORTED, ConvRecord, ConvTable
 
-__all__ = ["FORMS", "Selector", "rank_of", "select"]
+__all__ = ["Selector", "select"]
 
 Selector: TypeAlias = str | int | Callable[[ConvRecord], bool]
 Layers: TypeAlias = Selector | Iterable[Selector] | Mapping[Any, Mapping[str, Any] | None]
@@ -29,11 +29,18 @@ Layers: TypeAlias = Selector | Iterable[Selector] | Mapping[Any, Mapping[str, An
 _ALL, _PATTERN, _EXACT = 0, 1, 2
 
 
+_RANKS = ("size", "macs_ratio", "params_ratio")
+_KEYS = (*_RANKS, "form", "method", "fixed_basis")
+
+
 @dataclass(frozen=True)
 class _Settings:
-    size: int | float
+    size: int | float | None
+    macs_ratio: float | None
+    params_ratio: float | None
     form: str
     method: str
+    fixed_basis: bool
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,11 @@ def select(
     layers: Layers = "all",
     *,
     size: int | float = 0.5,
+    macs_ratio: float | None = None,
+    params_ratio: float | None = None,
     form: str = "output",
-    method: str = "svd",
+    method: str | None = None,
+    fixed_basis: bool = False,
 ) -> Plan:
     """The plan that ``layers`` and ``size`` mean for the convolutions of ``table``.
 
@@ -66,7 +76,9 @@ def select(
     >>> [(layer.rank, layer.reason) for layer in select(table)]
     [(4, ''), (0, 'rank 8 costs 1.50 times its dense MACs (break-even rank 5.3)')]
     """
-    defaults = _settings({"size": size, "form": form, "method": method}, None)
+    ratios = {"macs_ratio": macs_ratio, "params_ratio": params_ratio}
+    given = {name: ratio for name, ratio in ratios.items() if ratio is not None} or {"size": size}
+    defaults = _settings(given | {"form": form, "method": method, "fixed_basis": fixed_basis}, None)
     rules: list[tuple[Any, _Settings | None]] = (
         [(key, None if value is None else _settings(value, defaults)) for key, value in layers.items()]
         if isinstance(layers, Mapping)
@@ -86,32 +98,32 @@ def select(
 
 
 def _settings(given: Any, defaults: _Settings | None) -> _Settings:
-    if not isinstance(given, Mapping) or set(given) - {"size", "form", "method"}:
+    if not isinstance(given, Mapping) or set(given) - set(_KEYS):
         raise SelectionError(
-            f"settings {given!r} are not a dict of size, form, method; or None to leave alone"
+            f"settings {given!r} are not a dict of {', '.join(_KEYS)}; or None to leave alone"
         )
-    merged = dict(vars(defaults), **given) if defaults else dict(given)
-    settings = _Settings(**merged)
-    check_size(settings.size)
-    if settings.form not in FORMS:
-        raise SelectionError(f"form={settings.form!r} is not known; choose one of {', '.join(FORMS)}")
-    if settings.method not in METHODS:
-        raise SelectionError(f"method={settings.method!r} is not known; choose one of {', '.join(METHODS)}")
-    return settings
+    merged = (vars(defaults) if defaults else dict.fromkeys(_RANKS)) | dict(given)
+    ranks = [name for name in _RANKS if name in given]
+    if len(ranks) > 1:
+        raise SelectionError(f"{' and '.join(ranks)} both say the rank; pass one of them")
+    for name in ranks:
+        check_size(given[name]) if name == "size" else check_ratio(name, given[name])
+        merged |= dict.fromkeys(_RANKS) | {name: given[name]}
+    if defaults and "form" in given and "method" not in given and given["form"] != defaults.form:
+        merged["method"] = None  # each form has its own
+    return _checked(merged)
 
 
-def check_size(size: Any) -> None:
-    """Refuse a size that is neither a positive integer nor a fraction in (0, 1]."""
-    sound = int(size) >= 1 if _is_whole(size) else isinstance(size, Real) and 0 < float(size) <= 1
-    if isinstance(size, bool) or not sound:
+def _checked(merged: dict[str, Any]) -> _Settings:
+    form, method = merged["form"], merged["method"]
+    if form not in FORMS:
+        raise SelectionError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
+    known = FORMS[form].methods
+    if method is not None and method not in known:
         raise SelectionError(
-            f"size={size!r} is neither an integer from 1 (number of basis convolutions) nor a float in "
-            "(0, 1] (fraction of the layer's out_channels); pass for example size=16 or size=0.5"
+            f"method={method!r} is not known for the {form} form; choose one of {', '.join(known)}"
         )
-
-
-def _is_whole(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Integral)
+    return _Settings(**{**merged, "method": method or known[0]})
 
 
 def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
@@ -119,7 +131,7 @@ def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
     if callable(selector):
         found = dict.fromkeys((r.index for r in table if selector(r)), _PATTERN)
         return _some(found, selector, "the function is true for no convolution")
-    if _is_whole(selector):
+    if is_whole(selector):
         return {_number(int(selector), table): _EXACT}
     if isinstance(selector, str):
         return _matches_text(selector, table)
@@ -184,28 +196,6 @@ def _close(name: str, table: ConvTable) -> str:
     return f"; close matches: {', '.join(close)}" if close else "; see number_convs(model) for the names"
 
 
-def rank_of(record: ConvRecord, size: int | float, *, exact: bool = False) -> int:
-    """The number of basis convolutions that ``size`` means for a layer.
-
-    A fraction is of ``out_channels``; both are rounded to a multiple of the groups, at least one for each,
-    and capped at the largest useful rank.
-
-    Raises:
-        LayerError: when ``exact`` and an integer size exceeds the largest useful rank.
-    """
-    shape, groups = record.shape, record.groups
-    if _is_whole(size):
-        if exact and size > shape.largest_rank:
-            raise LayerError(
-                f"{record}: rank {size} exceeds {shape.largest_rank}, at which the basis is exact already; "
-                f"pass size={shape.largest_rank} or less"
-            )
-        wanted = int(size) / groups
-    else:
-        wanted = float(size) * record.out_channels / groups
-    return min(groups * max(1, round(wanted)), shape.largest_rank)
-
-
 def _decide(record: ConvRecord, choice: _Choice | None) -> LayerPlan:
     dense = LayerPlan(
         number=record.index,
@@ -217,10 +207,14 @@ def _decide(record: ConvRecord, choice: _Choice | None) -> LayerPlan:
     )
     if choice is None or choice.settings is None:
         return _with(dense, reason="not selected")
-    if record.status in (UNSUPPORTED, COMPRESSED):
+    form = choice.settings.form
+    shared = form == "weight" and record.reason == DEPTHWISE
+    if record.status in (UNSUPPORTED, COMPRESSED) and not shared:
         return _refused(record, dense, choice)
-    if choice.strength == _ALL and record.status != OK:
+    if choice.strength == _ALL and record.status == NO_GAIN and form == "output":
         return _with(dense, reason=f"{record.status} ({record.reason})")
+    if record.prepares and form not in ("output", "gauge"):
+        return _taken_apart(record, dense, choice)
     return _ranked(record, dense, choice.strength, choice.settings)
 
 
@@ -231,19 +225,46 @@ def _refused(record: ConvRecord, dense: LayerPlan, choice: _Choice) -> LayerPlan
     return _with(dense, reason=f"{record.status}: {record.reason}")
 
 
+def _taken_apart(record: ConvRecord, dense: LayerPlan, choice: _Choice) -> LayerPlan:
+    form = choice.settings.form if choice.settings else ""
+    why = f"its class prepares the input for the whole kernel, which the {form} form takes apart"
+    if choice.strength == _EXACT:
+        raise LayerError(f"{record} cannot be rewritten: {why}; use form='output' or 'gauge'")
+    return _with(dense, reason=f"{UNSUPPORTED}: {why}")
+
+
 def _ranked(record: ConvRecord, dense: LayerPlan, strength: int, settings: _Settings) -> LayerPlan:
-    rank = rank_of(record, settings.size, exact=strength == _EXACT)
-    even = record.shape.break_even_rank
-    note = ""
-    if rank >= even:
-        note = f"rank {rank} costs {rank / even:.2f} times its dense MACs (break-even rank {even:.1f})"
+    ranks, form = _ranks(record, settings, exact=strength == _EXACT), settings.form
+    cost = "params" if form == "weight" else "macs"
+    ratio, note = cost_ratio(record, ranks, form, cost), ""
+    if ratio >= 1:
+        note = _dear(record, ranks, form, ratio)
         if strength == _ALL:
             return _with(dense, reason=note)
         warnings.warn(
             f"{record}: {note}; it is rewritten because it was asked for", FxBasisWarning, stacklevel=2
         )
-    changes = {"form": settings.form, "method": settings.method, "rank": rank, "reason": note}
-    return _with(dense, effective=record.effective, **changes)
+    changes = {"form": form, "method": settings.method, "ranks": ranks, "reason": note}
+    return _with(dense, effective=record.effective, fixed_basis=settings.fixed_basis, **changes)
+
+
+def _ranks(record: ConvRecord, settings: _Settings, *, exact: bool) -> Ranks:
+    form, method = settings.form, settings.method
+    if settings.macs_ratio is not None:
+        return ranks_by_cost(record, settings.macs_ratio, "macs", form, method)
+    if settings.params_ratio is not None:
+        return ranks_by_cost(record, settings.params_ratio, "params", form, method)
+    return ranks_by_size(record, settings.size or 1, form, method, exact=exact)
+
+
+def _dear(record: ConvRecord, ranks: Ranks, form: str, ratio: float) -> str:
+    """Why a layer would not become cheaper."""
+    if form == "output":
+        even = f"(break-even rank {record.shape.break_even_rank:.1f})"
+        return f"rank {ranks[0]} costs {ratio:.2f} times its dense MACs {even}"
+    what = "parameters" if form == "weight" else "MACs"
+    rank = ranks[0] if len(ranks) == 1 else ranks
+    return f"the {form} form of rank {rank} costs {ratio:.2f} times its dense {what}"
 
 
 def _with(layer: LayerPlan, **changes: Any) -> LayerPlan:

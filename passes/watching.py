@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from ..forms import BasisConv2d
 from ..kernels import weight_hooks
 from ..running import ExampleInputs, run, tensors_of
 
-__all__ = ["FunctionalConv", "Seen", "readers_in", "watched_run"]
+__all__ = ["Call", "FunctionalConv", "Seen", "readers_in", "watched_run"]
 
 REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
@@ -57,11 +57,14 @@ class FunctionalConv:
         return f"- {where}, weight {self.weight}, output {size}, {times}, {self.macs:,} MACs: {self.reason}"
 
 
+Call: TypeAlias = tuple[int, torch.Size, torch.Size]
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What a run showed: each layer's calls (position, output shape), and who else read its weight."""
+    """What a run showed: each layer's calls (position, output and input shape), and who read its weight."""
 
-    calls: dict[str, list[tuple[int, torch.Size]]]
+    calls: dict[str, list[Call]]
     functional: tuple[FunctionalConv, ...]
     readers: dict[str, str]
 
@@ -87,8 +90,8 @@ def watched_run(
         watch.note_reader(tensor, "the model's output")
     first_calls = sorted(calls, key=lambda name: calls[name][0][0])
     order = {name: first_calls.index(name) + 1 for name in calls}
-    found = {name: [(order[name], size) for _, size in made] for name, made in calls.items()}
-    return Seen(found, watch.functional(), watch.readers)
+    found = {name: [(order[name], *shapes) for _, *shapes in made] for name, made in calls.items()}
+    return Seen(cast(dict[str, list[Call]], found), watch.functional(), watch.readers)
 
 
 def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, str]:
@@ -120,21 +123,26 @@ def _asks_for_kind(user: fx.Node, node: fx.Node) -> bool:
     return str(name) in _KIND or _makes_alike(str(name), first)
 
 
-def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, list[tuple[int, torch.Size]]]:
-    """Fills while the model runs: for each layer the position and the output's shape of each call."""
-    found: dict[str, list[tuple[int, torch.Size]]] = {}
-    positions = Counter[str]()
+def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, list[Call]]:
+    """Fills while the model runs: for each layer the position and the shapes of each call."""
+    found: dict[str, list[Call]] = {}
+    positions, entered = Counter[str](), dict[str, torch.Size]()
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+    def note(name: str) -> tuple[Any, Any]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            entered[name] = (args[0] if args else kwargs["input"]).shape
+
+        def leave(module: nn.Module, args: Any, output: Tensor) -> None:
             positions["all"] += 1
-            found.setdefault(name, []).append((positions["all"], output.shape))
+            found.setdefault(name, []).append((positions["all"], output.shape, entered[name]))
 
-        return hook
+        return enter, leave
 
     for name, layer in layers.items():
-        last = layer.composition if isinstance(layer, BasisConv2d) else layer
-        last.register_forward_hook(note(name))
+        first, last = layer.ends if isinstance(layer, BasisConv2d) else (layer, layer)
+        enter, leave = note(name)
+        first.register_forward_pre_hook(enter, with_kwargs=True)
+        last.register_forward_hook(leave)
     return found
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxbasis.bases import METHODS, Decomposition, decompose
+from fxbasis.bases import Decomposition, decompose
 from fxbasis.errors import SelectionError
+from fxbasis.structures import FORMS
 
 # name: (C, c / g, K_h, K_w), groups. "wide" matrices have fewer filters than weights in one filter.
 WEIGHTS = {
@@ -23,7 +24,7 @@ WEIGHTS = {
     "depthwise": ((4, 1, 3, 3), 4),
 }
 
-methods = pytest.mark.parametrize("method", METHODS)
+methods = pytest.mark.parametrize("method", FORMS["gauge"].methods)
 weights = pytest.mark.parametrize("kind", WEIGHTS)
 
 

@@ -23,10 +23,11 @@ from conftest import Net, close
 from torch import Tensor, nn
 
 from fxbasis import compress, export_onnx, fold, load, number_convs, profile, save, trace
-from fxbasis.bases import METHODS, decompose
+from fxbasis.bases import decompose
 from fxbasis.errors import FxBasisWarning, LayerError, VerificationError
 from fxbasis.forms import BasisConv2d
 from fxbasis.recipe import LayerPlan
+from fxbasis.structures import FORMS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*it is rewritten because it was asked for"),
@@ -147,7 +148,7 @@ CASES = {
 }
 
 cases = pytest.mark.parametrize("key", CASES)
-methods = pytest.mark.parametrize("method", METHODS)
+methods = pytest.mark.parametrize("method", FORMS["gauge"].methods)
 
 
 @cache
@@ -204,8 +205,8 @@ def test_fold_equals_what_it_folds(key: str, method: str) -> None:
 @pytest.mark.parametrize("key", ["plain", "groups", "groups-small-fan-in"])
 def test_the_basis_is_that_of_the_method(key: str, method: str) -> None:
     conv, rank = CASES[key].net().conv, CASES[key].small
-    factors = decompose(conv.weight, conv.groups, method).factors(rank // conv.groups)
     form = small(key, method).get_submodule("conv")
+    factors = decompose(conv.weight, conv.groups, method).factors(rank // conv.groups)
     assert torch.equal(form.basis.weight.flatten(), factors.basis.float().flatten())
     assert torch.equal(form.composition.weight.flatten(), factors.composition.float().flatten())
     assert form.plan.method == method

@@ -15,11 +15,10 @@ from fxbasis.costs import (
     ConvShape,
     dense_macs,
     dense_params,
-    output_form_macs,
-    output_form_params,
     output_size,
 )
 from fxbasis.passes.numbering import number_convs
+from fxbasis.structures import form_macs, form_params
 
 IMAGE = (11, 9)
 SHAPES = [
@@ -27,6 +26,14 @@ SHAPES = [
     for c, C, kernel, g in product((1, 4, 8), (1, 4, 12), ((1, 1), (3, 3), (1, 5), (2, 4)), (1, 2, 4))
     if c % g == 0 and C % g == 0
 ]
+
+
+def output_form_macs(shape: ConvShape, rank: int, size: tuple[int, int], batch: int = 1) -> int:
+    return form_macs("output", shape, (rank,), size, (99, 99), batch)  # the input's size does not matter
+
+
+def output_form_params(shape: ConvShape, rank: int) -> int:
+    return form_params("output", shape, (rank,))
 
 
 def layer(shape: ConvShape, **options: object) -> nn.Conv2d:

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fxbasis import compress, fold, load, number_convs, save
-from fxbasis.bases import decompose
 from fxbasis.errors import FxBasisWarning, LayerError, VerificationError
+from fxbasis.fitting import fit
 from fxbasis.forms import LAYER, BasisConv2d, as_form, layer_plan
 from fxbasis.recipe import LayerPlan
 
@@ -39,13 +39,13 @@ def plan_for(conv: nn.Conv2d, rank: int) -> LayerPlan:
         groups=conv.groups,
         form="output",
         method="svd",
-        rank=rank,
+        ranks=(rank,),
     )
 
 
 def form_of(conv: nn.Conv2d, rank: int = 4) -> BasisConv2d:
-    factors = decompose(conv.weight, conv.groups).factors(rank // conv.groups)
-    return BasisConv2d.from_conv2d(conv, plan_for(conv, rank), factors)
+    plan = plan_for(conv, rank)
+    return BasisConv2d.from_conv2d(conv, plan, fit(conv.weight, plan))
 
 
 def image() -> Tensor:

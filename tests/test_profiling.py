@@ -79,13 +79,11 @@ def test_compressed_net_has_the_formula_of_its_ranks(net: Net) -> None:
     assert found.params_before == sum(p.numel() for p in net.parameters())
     assert found.params == sum(p.numel() for p in halved(net).parameters())
     for layer in found.layers:
-        if layer.rank:
+        for rank in layer.ranks:
             shape = trace(net).get_submodule(layer.name)
             fan_in, width = shape.weight[0].numel(), shape.out_channels
-            assert layer.macs * width * fan_in == layer.macs_before * layer.rank * (
-                fan_in + width // shape.groups
-            )
-            assert layer.activations * width == layer.activations_before * (layer.rank + width)
+            assert layer.macs * width * fan_in == layer.macs_before * rank * (fan_in + width // shape.groups)
+            assert layer.activations * width == layer.activations_before * (rank + width)
             assert layer.activations_before * fan_in == layer.macs_before
 
 

@@ -25,11 +25,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxbasis import FxBasisWarning, compress, fold, load, number_convs, plan_of, profile, save
-from fxbasis.bases import METHODS, decompose
+from fxbasis.bases import decompose
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.numbering import conv_layers
 from fxbasis.running import in_mode
 from fxbasis.snapshots import Snapshot
+from fxbasis.structures import FORMS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning"),
@@ -143,7 +144,7 @@ def test_full_rank_equals_the_original(net: Net) -> None:
     assert numbers(model) == numbers(full) == numbers(folded)
 
 
-@given(nets(), SIZES, st.sampled_from(sorted(METHODS)))
+@given(nets(), SIZES, st.sampled_from(FORMS["gauge"].methods))
 def test_any_rank_equals_its_fold(net: Net, size: float, method: str) -> None:
     model = net.build()
     small = compress(model, net.example(), layers="re:.*", size=size, method=method)
@@ -218,7 +219,7 @@ def test_nothing_selected_equals_the_original_and_says_so(net: Net) -> None:
         assert_close(left, right)
 
 
-@given(nets(), st.sampled_from(sorted(METHODS)))
+@given(nets(), st.sampled_from(FORMS["gauge"].methods))
 def test_error_of_the_fit_falls_with_the_rank(net: Net, method: str) -> None:
     for conv in conv_layers(net.build()).values():
         weight = conv.weight.detach().double().reshape(conv.groups, conv.out_channels // conv.groups, -1)

@@ -22,9 +22,9 @@ def example() -> Plan:
     return Plan(
         (
             LayerPlan(number=1, name="stem", in_channels=3, **shape, reason="not selected"),
-            LayerPlan(number=2, name="a.b", in_channels=8, **shape, form="output", method="svd", rank=5),
+            LayerPlan(number=2, name="a.b", in_channels=8, **shape, form="output", method="svd", ranks=(5,)),
             LayerPlan(
-                number=3, name="c", in_channels=8, **shape, groups=2, form="output", method="qr", rank=4
+                number=3, name="c", in_channels=8, **shape, groups=2, form="output", method="qr", ranks=(4,)
             ),
         )
     )
@@ -50,7 +50,7 @@ def test_any_name_survives(tmp_path: Path, name: str) -> None:
 
 def test_dict_is_plain_json_with_every_field() -> None:
     data = example().to_dict()
-    assert data["format"] == 1
+    assert data["format"] == 2
     assert [set(layer) for layer in data["layers"]] == [{field.name for field in fields(LayerPlan)}] * 3
     assert json.loads(json.dumps(data))["layers"][1]["kernel_size"] == [3, 3]
 
@@ -103,26 +103,29 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "null": (lambda data: None, 'has no list "layers"'),
     "empty": (lambda data: {}, 'has no list "layers"'),
     "layers is a dict": (outer(layers={}), 'has no list "layers"'),
-    "later format": (outer(format=2), "format 2, this version reads 1; make the plan again"),
-    "no format": (lambda data: {"layers": data["layers"]}, "format None, this version reads 1"),
+    "later format": (outer(format=3), "format 3, this version reads 2; make the plan again"),
+    "no format": (lambda data: {"layers": data["layers"]}, "format None, this version reads 2"),
     "entry is no dict": (outer(layers=[3]), "layer entry 1 does not have the keys of a layer"),
-    "missing key": (without("rank"), "layer entry 1 does not have the keys"),
+    "missing key": (without("ranks"), "layer entry 1 does not have the keys"),
     "unknown key": (layer(1, colour="red"), "layer entry 2 does not have the keys"),
     "number is text": (layer(0, number="1"), "layer entry 1: number is '1'"),
     "number is null": (layer(0, number=None), "number is None"),
     "number is 0": (layer(0, number=0), "not the shape of a convolution"),
-    "rank is a fraction": (layer(1, rank=0.5), r"layer entry 2: rank is 0\.5"),
-    "rank is a whole float": (layer(1, rank=5.0), r"rank is 5\.0"),
-    "rank is true": (layer(1, rank=True), "rank is True"),
-    "rank is negative": (layer(1, rank=-2), "rank is -2"),
+    "rank is a fraction": (layer(1, ranks=[0.5]), r"layer entry 2: ranks is \[0\.5\]"),
+    "rank is a whole float": (layer(1, ranks=[5.0]), r"ranks is \[5\.0\]"),
+    "rank is true": (layer(1, ranks=[True]), "ranks is .True"),
+    "rank is negative": (layer(1, ranks=[-2]), r"ranks \(-2,\) are not between 1"),
     "rank is 0": (
-        layer(1, rank=0),
-        r"conv 2 \(a\.b\).*rank 0 is not between 1 and 8, the largest",
+        layer(1, ranks=[0]),
+        r"conv 2 \(a\.b\).*ranks \(0,\) are not between 1 and \(8,\), the largest",
     ),
-    "rank is too large": (layer(1, rank=9), "rank 9 is not between 1 and 8"),
-    "rank is huge": (layer(1, rank=10**30), "is not between 1 and 8"),
-    "rank is no multiple of the groups": (layer(2, rank=3), "rank 3 is no multiple of its 2 groups"),
-    "rank of a dense layer": (layer(0, rank=2), r"stem.*dense.*rank 2"),
+    "rank is too large": (layer(1, ranks=[9]), r"ranks \(9,\) are not between 1 and \(8,\)"),
+    "rank is huge": (layer(1, ranks=[10**30]), r"are not between 1 and \(8,\)"),
+    "rank is no multiple of the groups": (
+        layer(2, ranks=[3]),
+        r"ranks \(3,\) are no multiples of its 2 groups",
+    ),
+    "rank of a dense layer": (layer(0, ranks=[2]), r"stem.*dense.*ranks \(2,\)"),
     "name is a number": (layer(0, name=1), "name is 1"),
     "kernel is a number": (layer(0, kernel_size=3), "kernel_size is 3"),
     "kernel of one": (layer(0, kernel_size=[3]), r"kernel_size is \[3\]"),

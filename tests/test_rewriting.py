@@ -186,7 +186,7 @@ def test_rewriting_at_full_size_is_the_identity(layers: Any) -> None:
 def test_nothing_selected_changes_nothing() -> None:
     graph_module = traced()
     code, plan = graph_module.code, plan_for(graph_module, [1], 2)
-    nothing = Plan(tuple(LayerPlan(**{**vars(layer), "form": "dense", "rank": 0}) for layer in plan))
+    nothing = Plan(tuple(LayerPlan(**{**vars(layer), "form": "dense", "ranks": ()}) for layer in plan))
     assert not RewritePass(nothing)(graph_module).modified
     assert graph_module.code == code
     assert not FoldPass()(graph_module).modified

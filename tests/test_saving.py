@@ -108,7 +108,7 @@ def test_loaded_is_bit_equal_whatever_the_fresh_weights(tmp_path: Path, kind: ty
 
 def test_folder_holds_two_files_and_no_pickle(folder: Path) -> None:
     assert sorted(entry.name for entry in folder.iterdir()) == ["model.safetensors", "plan.json"]
-    assert json.loads((folder / "plan.json").read_text())["format"] == 1
+    assert json.loads((folder / "plan.json").read_text())["format"] == 2
     assert len(load_file(folder / "model.safetensors")) > 0
     for entry in folder.iterdir():
         assert not entry.read_bytes().startswith((b"\x80", b"PK"))
@@ -144,7 +144,7 @@ def test_loading_draws_no_random_numbers_and_decomposes_nothing(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decomposed")
 
-    monkeypatch.setattr("fxbasis.passes.rewriting.decompose", refuse)
+    monkeypatch.setattr("fxbasis.passes.rewriting.fit", refuse)
     fresh = make()
     torch.manual_seed(4)
     state = torch.get_rng_state()
@@ -283,11 +283,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"head\.bias is \(4,\) torch\.float64, the model has \(4,\) torch\.float32",
     ),
     "another rank": (
-        lambda f: edit(f, lambda c: c["layers"][0].update(rank=3)),
+        lambda f: edit(f, lambda c: c["layers"][0].update(ranks=[3])),
         r"is \(2, 3, 3, 3\)",
     ),
     "a layer made dense": (
-        lambda f: edit(f, lambda c: c["layers"][0].update(form="dense", rank=0, method="")),
+        lambda f: edit(f, lambda c: c["layers"][0].update(form="dense", ranks=[], method="")),
         r"lacks \['stem\.weight'\]",
     ),
     "a layer less": (

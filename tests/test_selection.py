@@ -24,7 +24,8 @@ from fxbasis import (
     number_convs,
     plan_of,
 )
-from fxbasis.passes.selection import rank_of, select
+from fxbasis.passes.ranking import ranks_by_size
+from fxbasis.passes.selection import select
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -172,16 +173,16 @@ def test_size_is_a_count_or_a_fraction_of_the_filters(table: ConvTable, key: str
 @pytest.mark.parametrize("size", [i / 40 for i in range(1, 41)])
 def test_fraction_is_rounded_from_out_channels_and_capped(table: ConvTable, size: float) -> None:
     stem, *_, down, head = table
-    assert rank_of(stem, size) == max(1, round(size * 16))
-    assert rank_of(down, size) == min(16, max(1, round(size * 32)))
-    assert rank_of(head, size) == max(1, round(size * 10))
+    assert ranks_by_size(stem, size)[0] == max(1, round(size * 16))
+    assert ranks_by_size(down, size)[0] == min(16, max(1, round(size * 32)))
+    assert ranks_by_size(head, size)[0] == max(1, round(size * 10))
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [(1, 2), (3, 4), (0.5, 8), (1.0, 16), (0.01, 2), (16, 16), (0.3, 4)]
 )
 def test_grouped_layer_has_the_same_rank_in_each_group(table: ConvTable, size: Any, expected: int) -> None:
-    assert rank_of(table[2], size) == expected
+    assert ranks_by_size(table[2], size)[0] == expected
 
 
 BAD_SIZES = [0, -3, 1.5, -0.5, 0.0, "half", "0.5", True, False, None, math.nan, math.inf, [2], 2 + 0j]
@@ -311,12 +312,18 @@ def test_method_of_a_rule(table: ConvTable) -> None:
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown form": ({"form": "banana"}, "form='banana' is not known; choose one of output"),
-    "unknown method": ({"method": "pca"}, "method='pca' is not known; choose one of svd, qr"),
+    "unknown form": ({"form": "banana"}, "form='banana' is not known; choose one of output, gauge"),
+    "unknown method": (
+        {"method": "pca"},
+        "method='pca' is not known for the output form; choose",
+    ),
     "unknown form in a rule": ({"layers": {1: {"form": "x"}}}, "form='x' is not known"),
-    "unknown method in a rule": ({"layers": {1: {"method": None}}}, "method=None is not known"),
-    "unknown setting": ({"layers": {1: {"rank": 3}}}, "not a dict of size, form, method"),
-    "a bare size as a rule": ({"layers": {1: 0.5}}, "settings 0.5 are not a dict of size, form, method"),
+    "unknown method in a rule": ({"layers": {1: {"method": 3}}}, "method=3 is not known"),
+    "unknown setting": ({"layers": {1: {"rank": 3}}}, "not a dict of size, macs_ratio"),
+    "a bare size as a rule": (
+        {"layers": {1: 0.5}},
+        "settings 0.5 are not a dict of size, macs_ratio",
+    ),
 }
 
 
@@ -427,6 +434,6 @@ def test_layer_plans_are_made_for_every_layer_with_its_shape(table: ConvTable) -
         groups=2,
         form="output",
         method="svd",
-        rank=4,
+        ranks=(4,),
         reason="",
     )

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from ..compression import compress
-from ..costs import dense_macs, output_form_macs
+from ..costs import dense_macs
 from ..passes.folding import fold
-from ..passes.numbering import ConvTable, number_convs
+from ..passes.numbering import number_convs
+from ..passes.records import ConvTable
 from ..passes.selection import select
 from ..recipe import Plan
 from ..reporting import Report, report
+from ..structures import form_macs
 from .digits import accuracy, load_digits_split
 from .network import digits_resnet
 
@@ -57,8 +59,9 @@ def _macs(plan: Plan, table: ConvTable) -> int:
     macs = 0
     for layer, record in zip(plan, table, strict=True):
         unit = dense_macs(record.shape, (1, 1))
-        chosen = output_form_macs(record.shape, layer.rank, (1, 1)) if layer.compressed else unit
-        macs += (record.macs or 0) // unit * chosen
+        if layer.compressed:
+            unit = form_macs(layer.form, layer.shape, layer.ranks, (1, 1), (1, 1))
+        macs += (record.macs or 0) // dense_macs(record.shape, (1, 1)) * unit
     return macs
 
 

@@ -1,0 +1,142 @@
+"""The modules of a form's steps, in place of one convolution, and the weight that they make together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LayerError
+from .kernels import bare_conv, conv_like
+from .recipe import LayerPlan
+from .structures import Step
+
+__all__ = ["GaugeComposition", "chained", "factors_like", "product"]
+
+
+class GaugeComposition(nn.Module):
+    """The composition of the gauge form: its inputs, and 1x1 combinations of them, in another order.
+
+    Attributes:
+        weight: (out_channels - in_channels, in_channels / groups, 1, 1), of the outputs that are no copies.
+        bias: (out_channels,), or None.
+        order: (out_channels,), for each output its position among the copies and then the combinations.
+    """
+
+    def __init__(self, step: Step, like: Tensor, *, bias: bool) -> None:
+        super().__init__()
+        made = step.out_channels - step.copies
+        self.groups = step.groups
+        self.weight = nn.Parameter(like.new_empty(made, step.in_channels // step.groups, 1, 1))
+        self.bias = nn.Parameter(like.new_empty(step.out_channels)) if bias else None
+        self.order: Tensor
+        self.register_buffer("order", torch.arange(step.out_channels, device=like.device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Copies and combinations of the basis convolution's output (..., in_channels, H, W)."""
+        outputs = [input]
+        if len(self.weight):
+            outputs.append(nn.functional.conv2d(input, self.weight, groups=self.groups))
+        output = torch.cat(outputs, -3).index_select(-3, self.order)
+        return output if self.bias is None else output + self.bias[:, None, None]
+
+    def dense_weight(self) -> Tensor:
+        """The weight of the 1x1 convolution with the same function: (out_channels, in_channels / g, 1, 1)."""
+        rank = self.weight.shape[1]
+        copies = torch.eye(rank, dtype=self.weight.dtype, device=self.weight.device).repeat(self.groups, 1)
+        return torch.cat([copies[:, :, None, None], self.weight]).index_select(0, self.order)
+
+    def extra_repr(self) -> str:
+        """Channels and groups."""
+        made, rank = self.weight.shape[0], self.weight.shape[1] * self.groups
+        return f"{rank}, {len(self.order)}, copies={len(self.order) - made}, groups={self.groups}"
+
+
+def factors_like(kernel: nn.Conv2d, plan: LayerPlan) -> dict[str, nn.Module]:
+    """The uninitialised modules of a plan's steps by name; options, dtype and device of ``kernel``.
+
+    Raises:
+        LayerError: when its class prepares the input, and the form takes its kernel apart.
+    """
+    steps = plan.steps
+    if type(kernel) is not nn.Conv2d and not plan.whole_first:
+        raise LayerError(
+            f"{plan}: its class {type(kernel).__name__} prepares the input for the whole kernel, which the "
+            f"{plan.form} form does not convolve it with; use form='output' or 'gauge'"
+        )
+    modules = {step.name: _module(kernel, step, last=step is steps[-1]) for step in steps[1:]}
+    first = _weight_basis(kernel, plan) if plan.form == "weight" else _first(kernel, steps[0])
+    return {steps[0].name: first} | modules
+
+
+def _first(kernel: nn.Conv2d, step: Step) -> nn.Module:
+    if step.axes != (True, True):
+        return _module(kernel, step, last=False)
+    return conv_like(kernel, step.out_channels, bias=False)
+
+
+def _weight_basis(kernel: nn.Conv2d, plan: LayerPlan) -> nn.Module:
+    """A convolution with the options of ``kernel`` that holds the basis; it is not called."""
+    basis = conv_like(kernel, kernel.out_channels, bias=False)
+    basis.weight = nn.Parameter(basis.weight.new_empty(plan.ranks[0], *basis.weight.shape[1:]))
+    return basis
+
+
+def _module(kernel: nn.Conv2d, step: Step, *, last: bool) -> nn.Module:
+    bias = last and kernel.bias is not None
+    if step.copies:
+        return GaugeComposition(step, kernel.weight, bias=bias)
+    options = _options(kernel, step) if any(step.axes) else {}
+    channels = (step.in_channels, step.out_channels, step.kernel_size)
+    return bare_conv(*channels, kernel.weight, bias=bias, groups=step.groups, **options)
+
+
+def _options(kernel: nn.Conv2d, step: Step) -> dict[str, Any]:
+    """Stride, padding and dilation on the axes of the step; the padding mode."""
+
+    def on_axes(values: Sequence[int], otherwise: int) -> tuple[int, ...]:
+        pairs = zip(values, step.axes, strict=True)
+        return tuple(value if mine else otherwise for value, mine in pairs)
+
+    padding = kernel.padding if isinstance(kernel.padding, str) else on_axes(kernel.padding, 0)
+    return {
+        "stride": on_axes(kernel.stride, 1),
+        "padding": padding,
+        "dilation": on_axes(kernel.dilation, 1),
+        "padding_mode": kernel.padding_mode,
+    }
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    return module.dense_weight() if isinstance(module, GaugeComposition) else cast(Tensor, module.weight)
+
+
+def product(plan: LayerPlan, factors: Mapping[str, nn.Module]) -> Tensor:
+    """The folded weight (out_channels, in_channels / groups, K_h, K_w) in float64.
+
+    Along each axis at most one step has a kernel, so the kernels of two steps multiply entry by entry.
+    """
+    groups, made = plan.steps[0].groups, None
+    for step in plan.steps:
+        weight = _weight_of(factors[step.name]).double()
+        block = weight.reshape(groups, -1, step.in_channels // step.groups, *step.kernel_size)
+        if made is None:
+            made = block
+        elif step.groups > groups:  # depthwise
+            made = torch.einsum("grab,gricd->griacbd", block[:, :, 0], made).flatten(5, 6).flatten(3, 4)
+        else:
+            made = torch.einsum("gorab,gricd->goiacbd", block, made).flatten(5, 6).flatten(3, 4)
+    assert made is not None
+    return made.reshape(plan.out_channels, plan.in_channels // plan.groups, *plan.kernel_size)
+
+
+def chained(plan: LayerPlan, factors: Mapping[str, nn.Module], patch: Tensor) -> Tensor:
+    """What the steps make of a patch, without padding and bias, in float64."""
+    for step in plan.steps:
+        module = factors[step.name]
+        weight = _weight_of(module).to("cpu", torch.float64)
+        options = (getattr(module, "stride", 1), 0, getattr(module, "dilation", 1))
+        patch = nn.functional.conv2d(patch, weight, None, *options, step.groups)
+    return patch

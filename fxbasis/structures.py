@@ -1,0 +1,241 @@
+"""The forms as data: which convolutions stand for one, and what they cost.
+
+A form puts a chain of convolutions in place of one Conv2d. Each of them is a ``Step``; from the steps follow
+the modules, the nodes of a graph, the fold, the parameters and the MACs. With ``C`` = out_channels, ``c`` =
+in_channels, ``g`` = groups, ``K`` the kernel, ``R`` the rank over all groups (every step but a depthwise one
+keeps the groups):
+
+    output   basis c -> R, K_h x K_w         composition R -> C, 1x1           arXiv 2408.06024, 1906.04509
+    gauge    basis c -> R, K_h x K_w         R outputs are copies of it, composition 1x1 makes the other C - R
+    weight   one convolution, whose weight is composition x basis             arXiv 2408.06024
+    input    basis c -> R, 1x1               composition R -> C, K_h x K_w
+    spatial  basis c -> R, K_h x 1           composition R -> C, 1 x K_w       Jaderberg et al. 2014
+    tucker2  basis c -> R1, 1x1              core R1 -> R2, K_h x K_w          composition R2 -> C, 1x1
+                                                                               Kim et al. 2016
+    cp       basis c -> R, 1x1               depthwise R, K_h x K_w            composition R -> C, 1x1
+    cp4      basis c -> R, 1x1               vertical R, K_h x 1, horizontal R, 1 x K_w, both depthwise,
+                                             composition R -> C, 1x1           Lebedev et al. 2015
+    tt       basis c -> R1, 1x1              vertical R1 -> R2, K_h x 1, horizontal R2 -> R3, 1 x K_w,
+                                             composition R3 -> C, 1x1          tensor train (Oseledets 2011)
+
+Stride, padding and dilation of an axis go with the step that has the kernel of that axis, so the steps before
+it work on the input's positions and it and the later ones on the output's. The bias is the last step's.
+Counting convention: see ``costs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+from .costs import ConvShape, dense_macs
+
+__all__ = ["FORMS", "Form", "Ranks", "Step", "form_macs", "form_params", "training_macs"]
+
+Ranks: TypeAlias = tuple[int, ...]
+Size: TypeAlias = tuple[int, int]
+
+_POINT = (1, 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One convolution of a form.
+
+    Attributes:
+        name: of the submodule and the node.
+        in_channels, out_channels, kernel_size, groups: its shape.
+        axes: whether it has the stride, padding and dilation of the vertical and the horizontal axis.
+        copies: how many of its outputs are inputs of it as they are.
+    """
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: Size = _POINT
+    groups: int = 1
+    axes: tuple[bool, bool] = (False, False)
+    copies: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Elements of its weight, which are its MACs at each position too."""
+        made = self.out_channels - self.copies
+        return made * (self.in_channels // self.groups) * prod(self.kernel_size)
+
+
+_BOTH, _HEIGHT, _WIDTH = (True, True), (True, False), (False, True)
+
+
+def _output(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    basis = Step("basis", shape.in_channels, ranks[0], shape.kernel_size, shape.groups, _BOTH)
+    return basis, Step("composition", ranks[0], shape.out_channels, groups=shape.groups)
+
+
+def _gauge(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    basis = _output(shape, ranks)[0]
+    return basis, Step("composition", ranks[0], shape.out_channels, groups=shape.groups, copies=ranks[0])
+
+
+def _weight(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    groups = weight_groups(shape)
+    basis = Step("basis", shape.fan_in * groups, ranks[0], groups=groups, axes=_BOTH)
+    return basis, Step("composition", ranks[0], shape.out_channels, groups=groups)
+
+
+def _input(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    last = Step("composition", ranks[0], shape.out_channels, shape.kernel_size, shape.groups, _BOTH)
+    return Step("basis", shape.in_channels, ranks[0], groups=shape.groups), last
+
+
+def _spatial(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    height, width = shape.kernel_size
+    basis = Step("basis", shape.in_channels, ranks[0], (height, 1), shape.groups, _HEIGHT)
+    return basis, Step("composition", ranks[0], shape.out_channels, (1, width), shape.groups, _WIDTH)
+
+
+def _around(shape: ConvShape, ranks: Ranks, *inner: Step) -> tuple[Step, ...]:
+    first = Step("basis", shape.in_channels, ranks[0], groups=shape.groups)
+    return first, *inner, Step("composition", ranks[-1], shape.out_channels, groups=shape.groups)
+
+
+def _tucker2(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    return _around(shape, ranks, Step("core", ranks[0], ranks[1], shape.kernel_size, shape.groups, _BOTH))
+
+
+def _cp(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    rank = ranks[0]
+    return _around(shape, ranks, Step("depthwise", rank, rank, shape.kernel_size, rank, _BOTH))
+
+
+def _cp4(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    rank, (height, width) = ranks[0], shape.kernel_size
+    vertical = Step("vertical", rank, rank, (height, 1), rank, _HEIGHT)
+    return _around(shape, ranks, vertical, Step("horizontal", rank, rank, (1, width), rank, _WIDTH))
+
+
+def _tt(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
+    height, width = shape.kernel_size
+    vertical = Step("vertical", ranks[0], ranks[1], (height, 1), shape.groups, _HEIGHT)
+    horizontal = Step("horizontal", ranks[1], ranks[2], (1, width), shape.groups, _WIDTH)
+    return _around(shape, ranks, vertical, horizontal)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form.
+
+    Attributes:
+        steps: the chain for a shape and ranks.
+        largest: the ranks of one group of (C/g) x (c/g) filters K_h x K_w at which it is exact.
+        methods: how its numbers can be found, the default first.
+    """
+
+    steps: Callable[[ConvShape, Ranks], tuple[Step, ...]]
+    largest: Callable[[int, int, int, int], Ranks]
+    methods: tuple[str, ...]
+
+    def largest_ranks(self, shape: ConvShape, method: str = "") -> Ranks:
+        """The ranks over all groups at which the form is exact; more adds nothing.
+
+        A random basis spans all filters only with as many as they have weights.
+
+        >>> FORMS["tucker2"].largest_ranks(ConvShape(16, 32, (3, 3)))
+        (16, 32)
+        """
+        groups = weight_groups(shape) if self is FORMS["weight"] else shape.groups
+        if method == "random":
+            return (groups * shape.fan_in,)
+        filters, channels = shape.out_channels // groups, shape.fan_in // prod(shape.kernel_size)
+        return tuple(groups * rank for rank in self.largest(filters, channels, *shape.kernel_size))
+
+
+_MATRIX = ("svd", "eigen", "qr", "qr-unpivoted")
+
+FORMS: dict[str, Form] = {
+    "output": Form(_output, lambda o, i, h, w: (min(o, i * h * w),), (*_MATRIX, "random")),
+    "gauge": Form(_gauge, lambda o, i, h, w: (min(o, i * h * w),), _MATRIX),
+    "weight": Form(_weight, lambda o, i, h, w: (min(o, i * h * w),), (*_MATRIX, "random")),
+    "input": Form(_input, lambda o, i, h, w: (min(i, o * h * w),), _MATRIX),
+    "spatial": Form(_spatial, lambda o, i, h, w: (min(i * h, o * w),), _MATRIX),
+    "tucker2": Form(_tucker2, lambda o, i, h, w: (min(i, o * h * w), min(o, i * h * w)), ("als", "svd")),
+    "cp": Form(_cp, lambda o, i, h, w: (min(h * w * min(i, o), i * o),), ("als",)),
+    "cp4": Form(_cp4, lambda o, i, h, w: (min(h * w * min(i, o), i * o * min(h, w)),), ("als",)),
+    "tt": Form(_tt, lambda o, i, h, w: (min(i, h * w * o), min(i * h, w * o), min(i * h * w, o)), ("svd",)),
+}
+"""Every form by name."""
+
+
+def weight_groups(shape: ConvShape) -> int:
+    """The groups of the weight form: of a depthwise convolution all channels share one basis."""
+    return shape.groups if shape.groups < shape.out_channels else 1
+
+
+def form_params(form: str, shape: ConvShape, ranks: Ranks) -> int:
+    """Weights of all steps, and the bias.
+
+    >>> form_params("output", ConvShape(64, 64, (3, 3)), (32,))
+    20480
+    """
+    weights = sum(step.weights for step in FORMS[form].steps(shape, ranks))
+    return weights + shape.out_channels * shape.bias
+
+
+def form_macs(
+    form: str, shape: ConvShape, ranks: Ranks, output_size: Size, input_size: Size, batch: int = 1
+) -> int:
+    """MACs of all steps; of the weight form those of the dense convolution and of one product of factors.
+
+    >>> form_macs("output", ConvShape(64, 64, (3, 3)), (32,), (56, 56), (56, 56))
+    64225280
+    >>> form_macs("input", ConvShape(64, 64, (3, 3)), (32,), (28, 28), (56, 56))  # stride 2
+    20873216
+    """
+    return sum(_macs_of_steps(form, shape, ranks, output_size, input_size, batch))
+
+
+def _macs_of_steps(
+    form: str, shape: ConvShape, ranks: Ranks, output_size: Size, input_size: Size, batch: int
+) -> list[int]:
+    steps = FORMS[form].steps(shape, ranks)
+    if form == "weight":
+        product = shape.out_channels * (ranks[0] // steps[1].groups) * shape.fan_in
+        return [dense_macs(shape, output_size, batch), product]
+    found, (height, width) = [], input_size
+    for step in steps:
+        height = output_size[0] if step.axes[0] else height
+        width = output_size[1] if step.axes[1] else width
+        found.append(batch * height * width * step.weights)
+    return found
+
+
+def training_macs(
+    form: str,
+    shape: ConvShape,
+    ranks: Ranks,
+    output_size: Size,
+    input_size: Size,
+    batch: int = 1,
+    *,
+    input_gradient: bool = True,
+    fixed_basis: bool = False,
+) -> int:
+    """MACs of a forward and a backward pass, as autograd does them.
+
+    Every step costs its forward MACs once more for the gradient of its input, and once more for that of its
+    weight. The first step has none of the former when its input needs no gradient, and none of the latter
+    when the basis is fixed; with neither, nothing goes back through it.
+
+    >>> shape, size = ConvShape(64, 64, (3, 3)), (56, 56)
+    >>> training_macs("output", shape, (32,), size, size) == 3 * form_macs("output", shape, (32,), size, size)
+    True
+    """
+    macs = _macs_of_steps(form, shape, ranks, output_size, input_size, batch)
+    saved = macs[0] * (not input_gradient)
+    if fixed_basis and not input_gradient and form != "weight":  # nothing goes back through the first step
+        saved += macs[1]
+    if form == "weight":  # dense, and the product, of which a fixed basis takes one of two gradients
+        return 3 * sum(macs) - saved - macs[1] * fixed_basis
+    return 3 * sum(macs) - saved - macs[0] * fixed_basis

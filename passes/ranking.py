@@ -1,0 +1,102 @@
+"""How many channels stand between the steps of a form: ``size``, ``macs_ratio``, ``params_ratio``.
+
+A form with one rank has R of them over all groups; tucker2 has two, tt three, which grow in step from one for
+each group to the largest useful ones. Every rank is a multiple of the groups, at least one for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+from ..costs import dense_macs, dense_params
+from ..errors import LayerError, SelectionError
+from ..structures import FORMS, Ranks, form_macs, form_params, weight_groups
+from .records import ConvRecord
+
+__all__ = ["check_ratio", "check_size", "cost_ratio", "is_whole", "ranks_by_cost", "ranks_by_size"]
+
+
+def check_size(size: Any) -> None:
+    """Refuse a size that is neither a positive integer nor a fraction in (0, 1]."""
+    sound = int(size) >= 1 if is_whole(size) else isinstance(size, Real) and 0 < float(size) <= 1
+    if isinstance(size, bool) or not sound:
+        raise SelectionError(
+            f"size={size!r} is neither an integer from 1 (number of basis convolutions) nor a float in "
+            "(0, 1] (fraction of the layer's out_channels); pass for example size=16 or size=0.5"
+        )
+
+
+def check_ratio(name: str, value: Any) -> None:
+    """Refuse a ratio of costs that is not in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise SelectionError(f"{name}={value!r} is no ratio in (0, 1]; pass for example {name}=0.5")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, bool excluded."""
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
+def ranks_by_size(
+    record: ConvRecord, size: int | float, form: str = "output", method: str = "", *, exact: bool = False
+) -> Ranks:
+    """The ranks that ``size`` means for a layer, capped at the largest useful ones.
+
+    An integer is every rank; a fraction is of ``out_channels``, and of the largest ranks for the forms that
+    have several; 1.0 is the largest ranks of every form, at which it is exact.
+
+    Raises:
+        LayerError: when ``exact`` and an integer size exceeds all of the largest useful ranks.
+    """
+    largest, groups = FORMS[form].largest_ranks(record.shape, method), _groups(record, form)
+    if exact and is_whole(size) and size > max(largest):
+        raise LayerError(
+            f"{record}: rank {size} exceeds {max(largest)}, at which the basis is exact already; "
+            f"pass size={max(largest)} or less"
+        )
+    if not is_whole(size) and float(size) == 1.0:
+        return largest
+    whole = [int(size)] * len(largest)
+    parts = [float(size) * (record.out_channels if len(largest) == 1 else most) for most in largest]
+    wanted = whole if is_whole(size) else parts
+    return tuple(
+        min(groups * max(1, round(rank / groups)), most) for rank, most in zip(wanted, largest, strict=True)
+    )
+
+
+def ranks_by_cost(record: ConvRecord, ratio: float, cost: str, form: str, method: str = "") -> Ranks:
+    """The largest ranks whose MACs or parameters are at most ``ratio`` of the dense ones.
+
+    The smallest where none are; ``cost`` is ``"macs"`` or ``"params"``.
+    """
+    largest, groups = FORMS[form].largest_ranks(record.shape, method), _groups(record, form)
+    top = max(largest) // groups
+
+    def ranks_at(step: int) -> Ranks:
+        return tuple(groups * max(1, round(step / top * (most // groups))) for most in largest)
+
+    return ranks_at(_last(lambda step: cost_ratio(record, ranks_at(step), form, cost) <= ratio, top))
+
+
+def _last(holds: Callable[[int], bool], top: int) -> int:
+    """The last number from 1 to ``top`` for which it holds, if it does up to some number; 1 if for none."""
+    low, high = 1, top
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def cost_ratio(record: ConvRecord, ranks: Ranks, form: str, cost: str = "macs") -> float:
+    """MACs, or parameters, of the form over those of the dense layer; without sizes, of a large image."""
+    if cost == "params":
+        return form_params(form, record.shape, ranks) / dense_params(record.shape)
+    after = record.output_size or (1 << 10, 1 << 10)
+    before = record.input_size or (after[0] * record.stride[0], after[1] * record.stride[1])
+    return form_macs(form, record.shape, ranks, after, before) / max(1, dense_macs(record.shape, after))
+
+
+def _groups(record: ConvRecord, form: str) -> int:
+    return weight_groups(record.shape) if form == "weight" else record.groups
