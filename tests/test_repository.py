@@ -30,6 +30,7 @@ LAYERS = {
         "snapshots",
         "comparing",
         "bases",
+        "gauge",
     ],
     1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
