@@ -31,6 +31,8 @@ LAYERS = {
         "comparing",
         "bases",
         "gauge",
+        "clustering",
+        "coding",
     ],
     1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
