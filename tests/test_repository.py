@@ -33,6 +33,7 @@ LAYERS = {
         "gauge",
         "clustering",
         "coding",
+        "evbmf",
     ],
     1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
