@@ -35,6 +35,7 @@ from .errors import InputError, SelectionError
 __all__ = ["BASES", "Code", "encode", "encode_groups"]
 
 _PARALLEL = 1e-6  # two atoms are one line where 1 - cos^2 is below: their coefficients would be huge
+_FAINT = 1e-3  # a copy whose coefficient is below this fraction of its atom's largest does not set its scale
 _PATIENCE = 2  # alternations without a lower error before one gives up
 
 
@@ -46,7 +47,8 @@ class Code:
         atoms: B (R, O) float64; atom k is the combination B[k] of the filters.
         first: (O,) long.
         second: (O,) long, -1 for a copy.
-        u: (O,) float64. Of the copies of one atom, the largest has the coefficient 1 exactly.
+        u: (O,) float64. 1 for plain copies; of scaled ones the largest of each atom has exactly 1,
+            unless it is faint beside the atom's sums, and a filter that is zero has 0.
         v: (O,) float64, 0 for a copy.
         error: tr[(Id - A B) G (Id - A B)^T] / tr G, 0 for a zero G; a ratio of energies, not of norms.
     """
@@ -189,11 +191,16 @@ def _alternate(gram: Tensor, atoms: Tensor, terms: int, scaled: bool, basis: str
     return best
 
 
-def _with_real_copies(code: Code) -> Code:
-    """The same code, its atoms rescaled: the largest copy of each atom gets the coefficient 1 exactly."""
+def _with_real_copies(code: Code, scaled: bool) -> Code:
+    """The same code, its atoms rescaled: the largest copy of each atom gets the coefficient 1 exactly.
+
+    An atom whose copies are all below a thousandth of its largest coefficient, as those of dead filters
+    are, is scaled by the latter: the coefficients of its sums would be huge.
+    """
     composition, copies = code.composition(), code.second < 0
-    alone = composition * copies[:, None]
-    alone = torch.where((alone == 0).all(dim=0), composition, alone)  # only sums use the atom
+    floor = composition.abs().amax(dim=0) * (_FAINT if scaled else 0.0)
+    alone = composition.where(copies[:, None] & (composition.abs() >= floor), 0.0)
+    alone = torch.where((alone == 0).all(dim=0), composition, alone)
     scale = alone.gather(0, alone.abs().argmax(dim=0)[None])[0]
     scale = scale.where(scale != 0, torch.ones_like(scale))
     u, v = code.u / scale[code.first], torch.where(copies, 0.0, code.v / scale[code.second])
@@ -236,7 +243,7 @@ def encode(
     gram = (gram + gram.mT) / 2
     terms = round(beta * len(gram)) if rank > 1 else 0
     found = [_alternate(gram, s, terms, scaled, basis, steps) for s in _starts(gram, rank, scaled, basis)]
-    code = _with_real_copies(min(found, key=lambda code: code.error))
+    code = _with_real_copies(min(found, key=lambda code: code.error), scaled)
     return replace(code, error=_error(gram, code))
 
 

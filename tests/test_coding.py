@@ -172,6 +172,21 @@ def test_nearly_parallel_atoms_have_no_huge_coefficients() -> None:
     assert (code.first != code.second).all()
 
 
+@copies
+@pytest.mark.parametrize("faint", [1e-3, 1e-9, 1e-20])
+def test_dead_filters_make_no_huge_coefficients(scaled: bool, faint: float) -> None:
+    weight = filters_of(12)
+    weight[::3] *= faint
+    gram = weight @ weight.mT
+    for beta in (0.25, 0.75):
+        code = encode(gram, 4, beta, scaled=scaled)
+        assert int((code.second >= 0).sum()) == beta * 12
+        assert code.composition().abs().max() < 100
+        assert code.atoms.isfinite().all()
+        assert scaled or (code.u[code.second < 0] == 1).all()
+        assert code.error == pytest.approx(measured(gram, code))
+
+
 def test_an_atom_without_users_restarts_on_the_worst_filter() -> None:
     gram = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])).double()
     code, residual = coding._code(gram, torch.eye(4).double()[[0, 0]], 0, True)
