@@ -31,6 +31,10 @@ LAYERS = {
         "comparing",
         "structures",
         "bases",
+        "gauge",
+        "clustering",
+        "coding",
+        "evbmf",
     ],
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
     2: [
