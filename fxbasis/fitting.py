@@ -2,7 +2,8 @@
 
 The matrix forms are one factorisation W ~ A V of the weight, seen as a matrix (``bases``), and differ in what
 its rows and columns are: filters and their weights (output, gauge, weight), input channels and what follows
-from them (input), or what lies before and behind the cut between the axes (spatial).
+from them (input), or what lies before and behind the cut between the axes (spatial). The tensor forms
+come from ``tensor_bases`` and ``cp``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor
 
 from .bases import decompose
+from .cp import cp
+from .gauge import Gauge, regauge
 from .recipe import LayerPlan
+from .structures import Ranks
+from .tensor_bases import tt, tucker2
 
 __all__ = ["fit"]
 
@@ -25,7 +30,40 @@ def fit(weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
     """
     groups = plan.steps[-1].groups
     blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
-    return _matrix_fit(blocks, plan, plan.ranks[0] // groups)
+    ranks = tuple(rank // groups for rank in plan.ranks)
+    if plan.form in _TENSOR_FORMS:
+        return _named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
+    return _matrix_fit(blocks, plan, ranks[0])
+
+
+def _tucker2(blocks: Tensor, ranks: Ranks, method: str) -> tuple[Tensor, ...]:
+    return tucker2(blocks, (ranks[0], ranks[1]), method)
+
+
+def _cp(blocks: Tensor, ranks: Ranks, _: str) -> tuple[Tensor, ...]:
+    return cp(blocks, ranks[0])
+
+
+def _cp4(blocks: Tensor, ranks: Ranks, _: str) -> tuple[Tensor, ...]:
+    return cp(blocks, ranks[0], 4)
+
+
+def _tt(blocks: Tensor, ranks: Ranks, _: str) -> tuple[Tensor, ...]:
+    return tt(blocks, (ranks[0], ranks[1], ranks[2]))
+
+
+_TENSOR_FORMS = {"tucker2": _tucker2, "cp": _cp, "cp4": _cp4, "tt": _tt}
+
+
+def _named(factors: tuple[Tensor, ...], plan: LayerPlan) -> dict[str, Tensor]:
+    """The blocks (g, out, in, k_h, k_w) by the names of the steps; ranks that carry nothing are zeros."""
+    groups, found = plan.groups, {}
+    for step, factor in zip(plan.steps, factors, strict=True):
+        sizes = (step.out_channels // groups, step.in_channels // step.groups)
+        made = factor.new_zeros(groups, *sizes, *step.kernel_size)
+        made[:, : factor.shape[1], : factor.shape[2]] = factor
+        found[f"{step.name}.weight"] = made.flatten(0, 1)
+    return found
 
 
 def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]:
@@ -43,4 +81,16 @@ def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]
     if plan.form == "spatial":
         taps = found.composition.reshape(groups, filters, width, rank).transpose(2, 3)
         return {"basis.weight": found.basis, "composition.weight": taps}
+    if plan.form == "gauge":
+        return _gauge_fit(regauge(found.composition, found.basis))
     return {"basis.weight": found.basis, "composition.weight": found.composition}
+
+
+def _gauge_fit(gauge: Gauge) -> dict[str, Tensor]:
+    """Copies stand first, group by group, then the combinations; each output knows its place among them."""
+    groups, made = gauge.rows.shape[0], gauge.rest.shape[1]
+    filters = gauge.rows.shape[1] + made
+    first = filters * torch.arange(groups)[:, None]
+    places = torch.cat([(first + gauge.rows).flatten(), (first + gauge.rest).flatten()])
+    mixing = gauge.mixing.flatten(0, 1)
+    return {"basis.weight": gauge.basis, "composition.weight": mixing, "composition.order": places.argsort()}

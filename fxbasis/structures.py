@@ -32,7 +32,17 @@ from typing import TypeAlias
 
 from .costs import ConvShape, dense_macs
 
-__all__ = ["FORMS", "Form", "Ranks", "Step", "form_macs", "form_params", "training_macs"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "Ranks",
+    "Step",
+    "form_macs",
+    "form_params",
+    "settled",
+    "training_macs",
+    "weight_groups",
+]
 
 Ranks: TypeAlias = tuple[int, ...]
 Size: TypeAlias = tuple[int, int]
@@ -150,6 +160,23 @@ class Form:
             return (groups * shape.fan_in,)
         filters, channels = shape.out_channels // groups, shape.fan_in // prod(shape.kernel_size)
         return tuple(groups * rank for rank in self.largest(filters, channels, *shape.kernel_size))
+
+
+def settled(form: str, shape: ConvShape, ranks: Ranks) -> Ranks:
+    """The ranks without what can carry nothing: each is at most the next one, and the one before, by its taps.
+
+    >>> settled("tucker2", ConvShape(16, 32, (3, 3)), (16, 1))
+    (9, 1)
+    """
+    steps = FORMS[form].steps(shape, ranks)
+    if len(ranks) == 1:
+        return ranks
+    taps, found = [prod(step.kernel_size) for step in steps], list(ranks)
+    for index in range(1, len(ranks)):
+        found[index] = min(found[index], found[index - 1] * taps[index])
+    for index in reversed(range(1, len(ranks))):
+        found[index - 1] = min(found[index - 1], found[index] * taps[index])
+    return tuple(found)
 
 
 _MATRIX = ("svd", "eigen", "qr", "qr-unpivoted")

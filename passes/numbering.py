@@ -42,7 +42,7 @@ def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
         form = as_form(module)
         if form is not None:
             layers[name] = form
-            factors |= {id(form.basis), id(form.composition)}
+            factors |= {id(part) for part in form.factors.values()}
         elif isinstance(module, nn.Conv2d) and id(module) not in factors:
             layers[name] = module
     return layers
@@ -128,6 +128,7 @@ def _record(
         effective=effective,
         prepares=prepares,
         input_size=inputs[0] if inputs else None,
+        elements=None if calls is None else sum(size.numel() for _, size, _ in made),
     )
 
 

@@ -221,18 +221,9 @@ def _with_layers(table: Any, model: nn.Module) -> Iterator[tuple[ConvRecord, nn.
 
 
 def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: MacCounter) -> LayerProfile:
-    scopes = _scopes(record.name, layer)
-    before, params_before, plan = record.macs or 0, record.params, None
-    outputs = counter.activations[record.name]
-    if isinstance(layer, BasisConv2d):
-        plan = layer.plan
-        if plan.called:
-            outputs = counter.activations[scopes[-1]]
-        else:  # beside the product of its factors
-            outputs -= (record.calls or 0) * dense_params(plan.shape)
-        before = outputs // record.out_channels * dense_macs(record.shape, (1, 1))
-        params_before = dense_params(record.shape)
-    activations = sum(counter.activations[scope] for scope in scopes)
+    scopes, outputs = _scopes(record.name, layer), record.elements or 0
+    plan = layer.plan if isinstance(layer, BasisConv2d) else None
+    between = [f"{record.name}.{name}" for name in plan.called[:-1]] if plan else []
     return LayerProfile(
         number=record.index,
         name=record.name,
@@ -240,13 +231,13 @@ def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: M
         shape=(record.out_channels, record.in_channels // record.groups, *record.kernel_size),
         form=plan.form if plan else "dense",
         ranks=plan.ranks if plan else (),
-        macs_before=before,
+        macs_before=outputs // record.out_channels * dense_macs(record.shape, (1, 1)),
         macs=record.macs or 0,
         counted=sum(counter.macs[scope] for scope in scopes),
-        params_before=params_before,
+        params_before=dense_params(record.shape),
         params=record.params,
         activations_before=outputs,
-        activations=activations,
+        activations=outputs + sum(counter.activations[scope] for scope in between),
         break_even_rank=record.shape.break_even_rank,
         note=plan.reason if plan else record.reason,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..costs import dense_macs, dense_params
 from ..errors import LayerError, SelectionError
-from ..structures import FORMS, Ranks, form_macs, form_params, weight_groups
+from ..structures import FORMS, Ranks, form_macs, form_params, settled, weight_groups
 from .records import ConvRecord
 
 __all__ = ["check_ratio", "check_size", "cost_ratio", "is_whole", "ranks_by_cost", "ranks_by_size"]
@@ -61,9 +61,10 @@ def ranks_by_size(
     whole = [int(size)] * len(largest)
     parts = [float(size) * (record.out_channels if len(largest) == 1 else most) for most in largest]
     wanted = whole if is_whole(size) else parts
-    return tuple(
+    ranks = [
         min(groups * max(1, round(rank / groups)), most) for rank, most in zip(wanted, largest, strict=True)
-    )
+    ]
+    return settled(form, record.shape, tuple(ranks))
 
 
 def ranks_by_cost(record: ConvRecord, ratio: float, cost: str, form: str, method: str = "") -> Ranks:
@@ -75,7 +76,8 @@ def ranks_by_cost(record: ConvRecord, ratio: float, cost: str, form: str, method
     top = max(largest) // groups
 
     def ranks_at(step: int) -> Ranks:
-        return tuple(groups * max(1, round(step / top * (most // groups))) for most in largest)
+        ranks = tuple(groups * max(1, round(step / top * (most // groups))) for most in largest)
+        return settled(form, record.shape, ranks)
 
     return ranks_at(_last(lambda step: cost_ratio(record, ranks_at(step), form, cost) <= ratio, top))
 

@@ -36,6 +36,7 @@ class ConvRecord:
         status: ``ok``, ``no gain at any rank``, ``unsupported`` or ``compressed``; reason: why.
         effective: its own class computes its kernel from the stored weight (weight standardisation).
         prepares: its own class prepares the input (pads by itself).
+        elements: of the outputs of all calls, batch included; None without inputs.
     """
 
     index: int
@@ -58,6 +59,7 @@ class ConvRecord:
     effective: bool = False
     prepares: bool = False
     input_size: tuple[int, int] | None = None
+    elements: int | None = None
 
     @property
     def shape(self) -> ConvShape:

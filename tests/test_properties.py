@@ -38,6 +38,7 @@ pytestmark = [
 ]
 REASONS = ("depthwise", "its parameter is also", "is also read by", "not called")
 SIZES = st.one_of(st.sampled_from([0.5, 0.25, 0.75, 1.0]), st.integers(1, 6))
+HOW = st.sampled_from([{"form": form, "method": method} for form in FORMS for method in FORMS[form].methods])
 OTHERS = ((3, (2, 1)), (1, (0, 0)), (4, (0, 3)))
 
 
@@ -128,11 +129,11 @@ def left_alone(net: Net, compressed: nn.Module) -> list[str]:
     return [record.reason for record in table if record.status != "compressed"]
 
 
-@given(nets())
-def test_full_rank_equals_the_original(net: Net) -> None:
+@given(nets(), HOW)
+def test_full_rank_equals_the_original(net: Net, how: dict[str, str]) -> None:
     model, example = net.build(), net.example()
     before = snapshot(model)
-    full = compress(model, example, layers="re:.*", size=1.0)
+    full = compress(model, example, layers="re:.*", size=1.0, **how)
     folded = fold(full)
     assert snapshot(model) == before
     assert all(any(known in reason for known in REASONS) for reason in left_alone(net, full))
@@ -144,10 +145,10 @@ def test_full_rank_equals_the_original(net: Net) -> None:
     assert numbers(model) == numbers(full) == numbers(folded)
 
 
-@given(nets(), SIZES, st.sampled_from(FORMS["gauge"].methods))
-def test_any_rank_equals_its_fold(net: Net, size: float, method: str) -> None:
+@given(nets(), SIZES, HOW)
+def test_any_rank_equals_its_fold(net: Net, size: float, how: dict[str, str]) -> None:
     model = net.build()
-    small = compress(model, net.example(), layers="re:.*", size=size, method=method)
+    small = compress(model, net.example(), layers="re:.*", size=size, **how)
     before = snapshot(small)
     folded = fold(small)
     again = fold(folded)
@@ -160,11 +161,13 @@ def test_any_rank_equals_its_fold(net: Net, size: float, method: str) -> None:
     assert_close(outcome(folded, net.example()), outcome(model, net.example()))
 
 
-@given(nets(), SIZES, st.data())
-def test_each_form_equals_its_folded_convolution(net: Net, size: float, data: st.DataObject) -> None:
+@given(nets(), SIZES, HOW, st.data())
+def test_each_form_equals_its_folded_convolution(
+    net: Net, size: float, how: dict[str, str], data: st.DataObject
+) -> None:
     model = net.build()
     chosen = data.draw(st.sets(st.sampled_from([index for index, _ in numbers(model)]), min_size=1))
-    small = compress(model, net.example(), layers=lambda record: record.index in chosen, size=size)
+    small = compress(model, net.example(), layers=lambda record: record.index in chosen, size=size, **how)
     assert {layer.number for layer in plan_of(small).compressed} <= chosen
     for name, form in conv_layers(small).items():
         if isinstance(form, BasisConv2d):
@@ -173,10 +176,10 @@ def test_each_form_equals_its_folded_convolution(net: Net, size: float, data: st
             assert_close((conv(x), {}), (form(x), {}))
 
 
-@given(nets(), SIZES)
-def test_saved_and_loaded_is_bit_equal(net: Net, size: float) -> None:
+@given(nets(), SIZES, HOW)
+def test_saved_and_loaded_is_bit_equal(net: Net, size: float, how: dict[str, str]) -> None:
     model, example = net.build(), net.example()
-    small = compress(model, example, layers="re:.*", size=size)
+    small = compress(model, example, layers="re:.*", size=size, **how)
     with tempfile.TemporaryDirectory() as name:
         folder = save(small, Path(name, "saved"))
         assert sorted(file.name for file in Path(folder).iterdir()) == ["model.safetensors", "plan.json"]
@@ -188,10 +191,10 @@ def test_saved_and_loaded_is_bit_equal(net: Net, size: float) -> None:
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a is b for a, b in pairs)
 
 
-@given(nets(), SIZES)
-def test_formula_of_the_work_equals_the_count(net: Net, size: float) -> None:
+@given(nets(), SIZES, HOW)
+def test_formula_of_the_work_equals_the_count(net: Net, size: float, how: dict[str, str]) -> None:
     model, example = net.build(), net.example()
-    small = compress(model, example, layers="re:.*", size=size)
+    small = compress(model, example, layers="re:.*", size=size, **how)
     dense, found = profile(model, example), profile(small, example)
     assert not dense.disagreements
     assert not found.disagreements

@@ -1,0 +1,298 @@
+"""Every form on every convolution option: exact at full rank, folded, saved, counted; and what each costs."""
+
+from __future__ import annotations
+
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Net, close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_conv_options import CASES, Case, SideBySide, layout, modes, options, output
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxbasis import compress, export_onnx, fold, load, number_convs, plan_of, profile, save
+from fxbasis.costs import ConvShape, dense_macs
+from fxbasis.errors import FxBasisWarning, LayerError, SelectionError
+from fxbasis.fitting import fit
+from fxbasis.forms import BasisConv2d
+from fxbasis.passes.selection import select
+from fxbasis.recipe import LayerPlan
+from fxbasis.structures import FORMS, form_macs, form_params, training_macs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*it is rewritten because it was asked for"),
+    pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel"),
+]
+
+OTHERS = [form for form in FORMS if form != "output"]  # which has the grid of test_conv_options
+METHODS = [(form, method) for form in FORMS for method in FORMS[form].methods]
+WEIGHTS_ONLY = Case((6, 12, 3), 9, 4, {"groups": 6, "padding": 1})  # two filters in each group
+GRID = CASES | {"two-filters": WEIGHTS_ONLY}
+
+forms = pytest.mark.parametrize("form", OTHERS)
+cases = pytest.mark.parametrize("key", GRID)
+MODES = ("train", "frozen", "channels", "half", "bfloat", "float64", "unbatched", "batch")
+kinds = pytest.mark.parametrize("key", [key for key in GRID if not any(mode in key for mode in MODES)])
+
+
+@cache
+def made(key: str, form: str, size: float, method: str | None = None) -> nn.Module:
+    """Compressed once for all tests; these leave it as it is."""
+    case = GRID[key]
+    return compress(case.net(), case.example(), layers=1, form=form, size=size, method=method)
+
+
+def form_of(model: nn.Module) -> BasisConv2d:
+    (plan,) = plan_of(model).compressed
+    return BasisConv2d({step.name: model.get_submodule(f"conv.{step.name}") for step in plan.steps})
+
+
+@forms
+@cases
+def test_equals_the_original_at_full_rank(key: str, form: str) -> None:
+    case, full = GRID[key], made(key, form, 1.0)
+    assert form_of(full).plan.ranks == FORMS[form].largest_ranks(number_convs(case.net())[0].shape)
+    for seed in (1, 2):
+        assert close(output(case.net(), case.example(seed)), output(full, case.example(seed)))
+
+
+@pytest.mark.parametrize(("form", "method"), METHODS)
+@pytest.mark.parametrize("key", ["plain", "groups", "groups-small-fan-in", "same-even-dilated", "1x5", "1x1"])
+def test_every_method_is_exact_at_full_rank(key: str, form: str, method: str) -> None:
+    case, full = GRID[key], made(key, form, 1.0, method)
+    assert form_of(full).plan.method == method
+    assert close(output(case.net(), case.example()), output(full, case.example()))
+
+
+@forms
+@cases
+def test_fold_equals_what_it_folds_and_has_the_layout_of_the_original(key: str, form: str) -> None:
+    case, net, model = GRID[key], GRID[key].net(), made(key, form, 0.5)
+    folded = fold(model)
+    assert type(folded.get_submodule("conv")) is nn.Conv2d
+    for seed in (1, 2):
+        assert close(output(model, case.example(seed)), output(folded, case.example(seed)))
+    assert layout(dict(folded.named_parameters())) == layout(dict(net.named_parameters()))
+    assert layout(folded.state_dict()) == layout(net.state_dict())
+    assert modes(folded) == modes(net)
+    for name in (*nn.Conv2d.__constants__, "transposed"):
+        assert getattr(folded.get_submodule("conv"), name) == getattr(net.conv, name), name
+        assert getattr(form_of(model), name) == getattr(net.conv, name), name
+
+
+@forms
+@pytest.mark.parametrize("key", [key for key in GRID if any(mode in key for mode in MODES)])
+def test_dtype_gradients_and_modes_are_kept(key: str, form: str) -> None:
+    net, model = GRID[key].net(), made(key, form, 0.5)
+    trained = {"weight": net.conv.weight.requires_grad}
+    if net.conv.bias is not None:
+        trained["bias"] = net.conv.bias.requires_grad
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == net.conv.weight.dtype
+        assert parameter.requires_grad == trained[name.rpartition(".")[2]]
+    assert [name for name, _ in model.named_parameters() if name.endswith("bias")] == [
+        "conv.composition.bias"
+    ] * (net.conv.bias is not None)
+    assert {module.training for module in form_of(model).factors.values()} == {net.conv.training}
+
+
+@forms
+@kinds
+def test_save_and_load_are_bit_equal(key: str, form: str, tmp_path: Path) -> None:
+    case, model = GRID[key], made(key, form, 0.5)
+    loaded = load(case.net(), save(model, tmp_path / "saved"))
+    assert torch.equal(output(loaded, case.example()), output(model, case.example()))
+    assert layout(dict(loaded.named_parameters())) == layout(dict(model.named_parameters()))
+    assert plan_of(loaded) == plan_of(model)
+
+
+@forms
+@kinds
+def test_formula_of_the_work_equals_the_count(key: str, form: str) -> None:
+    case, model = GRID[key], made(key, form, 0.5)
+    dense, found = profile(case.net(), case.example()), profile(model, case.example())
+    assert not found.disagreements
+    assert found.macs_before == dense.macs > 0
+    assert (found.params_before, found.params) == (dense.params, sum(p.numel() for p in model.parameters()))
+    assert found.convs[0].activations_before == dense.convs[0].activations_before
+
+
+@forms
+@pytest.mark.parametrize("key", ["plain", "groups", "stride-2-1", "same-even", "1x1", "channels-last"])
+def test_the_work_is_that_of_the_flop_counter(key: str, form: str) -> None:
+    case, model = GRID[key], made(key, form, 0.5)
+    with FlopCounterMode(display=False) as counter:
+        output(model, case.example())
+    assert counter.get_total_flops() == 2 * profile(model, case.example()).macs
+
+
+@forms
+def test_the_onnx_file_equals_the_model(form: str, tmp_path: Path) -> None:
+    keys = options(torch.float32)
+    model = SideBySide(keys, lambda net: net)
+    model.nets = nn.ModuleList(made(key, form, 0.5) for key in keys)
+    file = export_onnx(model, torch.randn(2, 8, 9, 8), tmp_path / "m.onnx")
+    assert (file.exporter, file.dynamic_batch) == ("dynamo", True)
+
+
+def everything(form: str, shape: ConvShape, ranks: tuple[int, ...], **settings: Any) -> BasisConv2d:
+    """The form of a random convolution of this shape, stride (2, 1)."""
+    options = {"stride": (2, 1), "groups": shape.groups, "bias": shape.bias}
+    conv = nn.Conv2d(shape.in_channels, shape.out_channels, shape.kernel_size, **options)
+    plan = LayerPlan(
+        number=1,
+        name="conv",
+        in_channels=shape.in_channels,
+        out_channels=shape.out_channels,
+        kernel_size=shape.kernel_size,
+        groups=shape.groups,
+        form=form,
+        method=FORMS[form].methods[0],
+        ranks=ranks,
+        **settings,
+    )
+    return BasisConv2d.from_conv2d(conv, plan, fit(conv.weight, plan))
+
+
+RANKS = {"tucker2": (3, 5), "tt": (3, 4, 5)}
+
+
+@pytest.mark.parametrize("fixed_basis", [False, True], ids=["trained", "fixed"])
+@pytest.mark.parametrize("input_gradient", [True, False], ids=["inside", "first-layer"])
+@pytest.mark.parametrize("form", FORMS)
+def test_training_is_counted_as_autograd_does_it(form: str, input_gradient: bool, fixed_basis: bool) -> None:
+    shape, ranks = ConvShape(6, 8, (3, 2)), RANKS.get(form, (4,))
+    module = everything(form, shape, ranks, fixed_basis=fixed_basis)
+    example = torch.randn(2, 6, 9, 7, requires_grad=input_gradient)
+    with FlopCounterMode(display=False) as counter:
+        found = module(example)
+        found.square().sum().backward()
+    after = (found.shape[2], found.shape[3])
+    expected = training_macs(
+        form, shape, ranks, after, (9, 7), 2, input_gradient=input_gradient, fixed_basis=fixed_basis
+    )
+    grouped = [step for step in module.plan.steps if step.groups > 1]
+    positions = {"depthwise": prod(after), "vertical": after[0] * 7, "horizontal": prod(after)}
+    over = sum(2 * positions[step.name] * step.weights * (step.groups - 1) for step in grouped)
+    assert counter.get_total_flops() in (2 * expected, 2 * (expected + over))  # torch 2.15 counts a grouped
+    # convolution's weight gradient as many times as it has groups
+    assert (module.basis.weight.grad is None) == fixed_basis
+
+
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([(1, 1), (3, 3), (1, 2)]),
+)
+@settings(deadline=None, max_examples=60)
+def test_gauge_equals_output_and_is_cheaper_than_dense(
+    channels: int, filters: int, groups: int, kernel: tuple[int, int]
+) -> None:
+    shape = ConvShape(groups * channels, groups * filters, kernel, groups)
+    for rank in range(1, min(filters, shape.fan_in) + 1):
+        ranks = (groups * rank,)
+        macs = form_macs("gauge", shape, ranks, (5, 4), (5, 4))
+        if rank < min(filters, shape.fan_in):
+            assert macs < dense_macs(shape, (5, 4))
+        torch.manual_seed(rank)
+        weight = torch.randn(shape.out_channels, channels, *kernel, dtype=torch.float64)
+        found = [_folded(form, shape, ranks, weight) for form in ("output", "gauge")]
+        assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-10
+
+
+def _folded(form: str, shape: ConvShape, ranks: tuple[int, ...], weight: Tensor) -> Tensor:
+    conv = nn.Conv2d(
+        shape.in_channels, shape.out_channels, shape.kernel_size, groups=shape.groups, dtype=torch.float64
+    )
+    with torch.no_grad():
+        conv.weight.copy_(weight)
+    plan = everything(form, shape, ranks).plan
+    return BasisConv2d.from_conv2d(conv, plan, fit(conv.weight, plan)).weight
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cost", ["macs_ratio", "params_ratio"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.9])
+def test_a_ratio_is_met_as_closely_as_ranks_allow(form: str, cost: str, ratio: float) -> None:
+    table = number_convs(nn.Conv2d(12, 16, 3, stride=2, groups=2), torch.zeros(1, 12, 9, 8))
+    record, layer = table[0], select(table, [1], form=form, **{cost: ratio}).layers[0]
+    sizes = (record.output_size, record.input_size)
+
+    def part(ranks: tuple[int, ...]) -> float:
+        if cost == "params_ratio":
+            return form_params(form, record.shape, ranks) / record.params
+        return form_macs(form, record.shape, ranks, *sizes) / dense_macs(record.shape, record.output_size)
+
+    largest = FORMS[form].largest_ranks(record.shape)
+    lowest = tuple(record.groups for _ in largest)
+    assert part(layer.ranks) <= ratio or layer.ranks == lowest
+    more = tuple(min(rank + record.groups, most) for rank, most in zip(layer.ranks, largest, strict=True))
+    if len(largest) == 1:  # several grow in step
+        assert part(more) > ratio or layer.ranks == largest
+
+
+def test_a_fixed_basis_is_frozen_and_stays_so(net: Net, tmp_path: Path) -> None:
+    small = compress(net, net.example, layers="re:.*", size=0.5, fixed_basis=True)
+    for model in (small, load(net, save(small, tmp_path / "small"))):
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        basis = [trained for name, trained in flags.items() if name.endswith("basis.weight")]
+        assert basis
+        assert not any(basis)
+        assert all(trained for name, trained in flags.items() if not name.endswith("basis.weight"))
+
+
+def test_the_weight_form_shares_a_basis_among_the_filters_of_a_depthwise_layer(depthwise_net: Net) -> None:
+    small = compress(depthwise_net, depthwise_net.example, layers="depthwise", form="weight", size=2)
+    (layer,) = plan_of(small).compressed
+    conv = depthwise_net.get_submodule("depthwise")
+    filters, taps = conv.out_channels, prod(conv.kernel_size)
+    assert sum(p.numel() for p in small.get_submodule("depthwise").parameters() if p.ndim == 4) == 2 * (
+        filters + taps
+    )
+    assert layer.ranks == (2,)
+    full = compress(depthwise_net, depthwise_net.example, layers="depthwise", form="weight", size=1.0)
+    assert close(output(depthwise_net, depthwise_net.example), output(full, depthwise_net.example))
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself, as timm's Conv2dSame does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(input, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+def test_a_class_that_pads_by_itself_keeps_its_kernel_in_one_piece() -> None:
+    model, example = nn.Sequential(Padded(4, 8, 3)), torch.randn(1, 4, 8, 8)
+    for form in ("output", "gauge"):
+        full = compress(model, example, layers=1, form=form, size=1.0)
+        assert close(output(model, example), output(full, example))
+    with pytest.raises(LayerError, match=r"prepares the input.*use form='output' or 'gauge'"):
+        compress(model, example, layers=1, form="spatial")
+    with pytest.warns(FxBasisWarning, match="nothing is compressed: unsupported: its class prepares"):
+        compress(model, example, form="cp")
+
+
+def test_two_ways_to_say_the_rank_are_refused(net: Net) -> None:
+    with pytest.raises(SelectionError, match="macs_ratio and params_ratio both say the rank; pass one"):
+        compress(net, net.example, macs_ratio=0.5, params_ratio=0.5)
+    with pytest.raises(SelectionError, match=r"macs_ratio=1\.5 is no ratio in \(0, 1\]; pass"):
+        compress(net, net.example, macs_ratio=1.5)
+    with pytest.raises(SelectionError, match="method='svd' is not known for the cp form; choose one of als"):
+        compress(net, net.example, form="cp", method="svd")
+
+
+def test_forms_can_be_mixed_by_rules(residual_net: Net) -> None:
+    net = residual_net
+    rules: dict[Any, Any] = {"re:.*": {"form": "cp", "macs_ratio": 0.5}, 1: {"form": "gauge", "size": 2}}
+    small = compress(net, net.example, layers=rules)
+    first, *others = plan_of(small)
+    assert (first.form, first.method) == ("gauge", "svd")
+    assert {layer.form for layer in others} <= {"cp", "dense"}
+    assert not profile(small, net.example).disagreements
