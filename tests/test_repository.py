@@ -30,6 +30,8 @@ LAYERS = {
         "snapshots",
         "comparing",
         "bases",
+        "tensor_bases",
+        "cp",
     ],
     1: ["kernels", "recipe", "forms", "passes.base"],
     2: [
