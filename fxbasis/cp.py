@@ -38,7 +38,7 @@ __all__ = ["cp", "default_sweeps", "largest_cp"]
 
 COARSE = 1e-2  # relative error below which float32 will not do
 PATIENCE = 3  # sweeps without progress that end a fit
-WORK = 100e9  # multiply-adds that a group's sweeps may take together
+WORK = 60e9  # multiply-adds that a group's sweeps may take together
 
 
 def _modes(shape: Sequence[int], factors: int) -> tuple[int, ...]:
@@ -62,13 +62,13 @@ def largest_cp(shape: Sequence[int], factors: int = 3) -> int:
 
 
 def default_sweeps(shape: Sequence[int], rank: int) -> int:
-    """As many sweeps as ``WORK`` buys, from 16 for the widest layers to 200 for small ones.
+    """As many sweeps as ``WORK`` buys, from 16 for the widest layers to 300 for small ones.
 
     >>> default_sweeps((512, 512, 3, 3), 1140), default_sweeps((64, 64, 3, 3), 134)
-    (16, 200)
+    (16, 300)
     """
     sweep = 2 * math.prod(shape) * rank + rank**3 + 2 * rank**2 * (shape[0] + shape[1])
-    return int(min(200, max(16, WORK // sweep)))
+    return int(min(300, max(16, WORK // sweep)))
 
 
 def cp(
@@ -78,8 +78,8 @@ def cp(
     *,
     sweeps: int | None = None,
     starts: int = 1,
-    tolerance: float = 3e-5,
-    ridge: float = 0.03,
+    tolerance: float = 1e-5,
+    ridge: float = 0.003,
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
     """CP of rank R: 1x1, depthwise K_h x K_w (or K_h x 1 and 1 x K_w), 1x1.
@@ -116,7 +116,7 @@ def cp(
         found = _search(unit.view_as(tensor), found, options)
     out, into, *taps = (factor * scale ** (1 / len(found)) for factor in _balanced(found))
     sizes = [shape[2:]] if factors == 3 else [(shape[2], 1), (1, shape[3])]
-    depthwise = [tap.mT.unflatten(2, (1, *size)) for tap, size in zip(taps, sizes, strict=True)]
+    depthwise = [tap.mT.reshape(len(tap), -1, 1, *size) for tap, size in zip(taps, sizes, strict=True)]
     chain = (into.mT[..., None, None], *depthwise, out[..., None, None])
     return tuple(block.contiguous() for block in chain)
 
@@ -152,8 +152,9 @@ def _principal(tensor: Tensor, rank: int) -> list[Tensor]:
     chosen = svd.energies.reshape(len(tensor), -1).argsort(descending=True, stable=True)[:, :rank]
     places, level = torch.unravel_index(chosen // depth, core.shape[1:-2]), chosen % depth
     found = [axis.mT[row, place] for axis, place in zip(axes, places, strict=True)]
-    found.append(svd.composition.reshape(*core.shape[:-1], depth).mT[(row, *places, level)])
-    found.append(svd.basis.reshape(*core.shape[:-2], depth, -1)[(row, *places, level)])
+    index = (row, *places, level)
+    found.append(svd.composition.reshape(*core.shape[:-1], depth).mT[index])
+    found.append(svd.basis.reshape(*core.shape[:-2], depth, -1)[index])
     return [found[order.index(mode)].mT.contiguous() for mode in range(1, tensor.ndim)]
 
 
@@ -220,10 +221,11 @@ def _renewed(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """The other side, then the taps, by least squares for a fixed side; and their gain as in ``_sweep``."""
     kernel, gram = _kernel(taps), fixed.mT @ fixed
-    products = (view @ fixed).unflatten(1, (kernel.shape[1], -1))  # (g, taps, n, R)
+    products = (view @ fixed).reshape(*kernel.shape[:2], -1, kernel.shape[2])  # (g, taps, n, R)
     side = _solved(gram * _gram(taps), (products * kernel[:, :, None]).sum(1), ridge)
     gram, taps = gram * (side.mT @ side), list(taps)
-    grid = (products * side[:, None]).sum(2).unflatten(1, [tap.shape[1] for tap in taps])
+    sizes = [tap.shape[1] for tap in taps]
+    grid = (products * side[:, None]).sum(2).reshape(len(side), *sizes, -1)
     for place, tap in enumerate(taps):
         others = taps[:place] + taps[place + 1 :]
         target = grid.movedim(1 + place, 1).reshape(*tap.shape[:2], -1, tap.shape[2])

@@ -68,8 +68,14 @@ def gap(weight: Tensor, found: Tensor) -> float:
 
 Fit = tuple[Callable[..., tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
 FITS: dict[str, Fit] = {
-    "cp": (lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:]))[0]), from_cp),
-    "cp4": (lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:], 4))[0], 4), from_cp),
+    "cp": (
+        lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:]))[0], sweeps=40),
+        from_cp,
+    ),
+    "cp4": (
+        lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:], 4))[0], 4, sweeps=40),
+        from_cp,
+    ),
     "tucker2": (
         lambda weight, share: tucker2(weight, _part(share, *largest_tucker2(weight.shape[1:]))),
         from_tucker2,
@@ -78,6 +84,7 @@ FITS: dict[str, Fit] = {
         lambda weight, share: tucker2(weight, _part(share, *largest_tucker2(weight.shape[1:])), "svd"),
         from_tucker2,
     ),
+    "tt-svd": (lambda weight, share: tt(weight, _part(share, *largest_tt(weight.shape[1:])), "svd"), from_tt),
     "tt": (lambda weight, share: tt(weight, _part(share, *largest_tt(weight.shape[1:]))), from_tt),
 }
 fits = pytest.mark.parametrize("name", FITS)
@@ -101,7 +108,7 @@ def test_exact_at_the_largest_rank_and_above(kind: str, name: str) -> None:
 @shapes
 def test_error_falls_with_the_rank_and_never_passes_the_weight(kind: str, name: str) -> None:
     weight, (fit, together) = weight_of(kind), FITS[name]
-    errors = [gap(weight, together(fit(weight, share))) for share in (0.01, 0.3, 0.6, 1.0)]
+    errors = [gap(weight, together(fit(weight, share))) for share in (0.01, 0.5, 1.0)]
     assert all(before >= after - 1e-6 for before, after in pairwise(errors))
     assert errors[0] <= 1.0
 
@@ -249,6 +256,17 @@ def test_als_is_never_worse_than_the_higher_order_svd() -> None:
     assert max(gains) > 1e-3
 
 
+def test_als_of_a_train_is_never_worse_than_its_svd() -> None:
+    gains = []
+    for kind in ("square", "groups", "even", "more-in-than-fan-out"):
+        weight = weight_of(kind)
+        for ranks in ((2, 2, 2), (2, 5, 3), (1, 3, 2), (2, 1, 1)):
+            plain, better = (gap(weight, from_tt(tt(weight, ranks, how))) for how in ("svd", "als"))
+            gains.append(plain - better)
+    assert min(gains) > -1e-12
+    assert max(gains) > 1e-3
+
+
 def test_ranks_that_a_core_cannot_have_are_lowered() -> None:
     weight = weight_of("square")
     assert [tuple(block.shape[1:3]) for block in tucker2(weight[..., :1, :2], (6, 1))] == [
@@ -281,6 +299,8 @@ def test_refusals() -> None:
         tt(weight, (1, 1, 0))
     with pytest.raises(SelectionError, match=r"method='hooi' is not known; choose one of als, svd"):
         tucker2(weight, (1, 1), "hooi")
+    with pytest.raises(SelectionError, match=r"method='dmrg' is not known; choose one of als, svd"):
+        tt(weight, (1, 1, 1), "dmrg")
     with pytest.raises(SelectionError, match=r"factors=5 is not known; choose 3, or 4 to split the taps"):
         cp(weight, 3, 5)
     with pytest.raises(
