@@ -48,8 +48,8 @@ def _cp4(blocks: Tensor, ranks: Ranks, _: str) -> tuple[Tensor, ...]:
     return cp(blocks, ranks[0], 4)
 
 
-def _tt(blocks: Tensor, ranks: Ranks, _: str) -> tuple[Tensor, ...]:
-    return tt(blocks, (ranks[0], ranks[1], ranks[2]))
+def _tt(blocks: Tensor, ranks: Ranks, method: str) -> tuple[Tensor, ...]:
+    return tt(blocks, (ranks[0], ranks[1], ranks[2]), method)
 
 
 _TENSOR_FORMS = {"tucker2": _tucker2, "cp": _cp, "cp4": _cp4, "tt": _tt}

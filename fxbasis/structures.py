@@ -163,7 +163,7 @@ class Form:
 
 
 def settled(form: str, shape: ConvShape, ranks: Ranks) -> Ranks:
-    """The ranks without what can carry nothing: each is at most the next one, and the one before, by its taps.
+    """The ranks without what can carry nothing: each is at most its neighbour's times the taps between.
 
     >>> settled("tucker2", ConvShape(16, 32, (3, 3)), (16, 1))
     (9, 1)
@@ -190,7 +190,9 @@ FORMS: dict[str, Form] = {
     "tucker2": Form(_tucker2, lambda o, i, h, w: (min(i, o * h * w), min(o, i * h * w)), ("als", "svd")),
     "cp": Form(_cp, lambda o, i, h, w: (min(h * w * min(i, o), i * o),), ("als",)),
     "cp4": Form(_cp4, lambda o, i, h, w: (min(h * w * min(i, o), i * o * min(h, w)),), ("als",)),
-    "tt": Form(_tt, lambda o, i, h, w: (min(i, h * w * o), min(i * h, w * o), min(i * h * w, o)), ("svd",)),
+    "tt": Form(
+        _tt, lambda o, i, h, w: (min(i, h * w * o), min(i * h, w * o), min(i * h * w, o)), ("als", "svd")
+    ),
 }
 """Every form by name."""
 

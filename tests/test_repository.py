@@ -35,6 +35,8 @@ LAYERS = {
         "clustering",
         "coding",
         "evbmf",
+        "tensor_bases",
+        "cp",
     ],
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
     2: [

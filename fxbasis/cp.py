@@ -1,0 +1,260 @@
+"""CP decomposition of a convolution's weight into separable convolutions: tensors in, tensors out.
+
+A weight comes as blocks (g, O, I, K_h, K_w), as in ``tensor_bases``, and leaves as the weights of a chain
+of convolutions with R channels in each group; the middle ones are depthwise, (g, R, 1, k_h, k_w):
+
+    3 factors  (g, R, I, 1, 1), depthwise (g, R, 1, K_h, K_w), (g, O, R, 1, 1)
+    4 factors  (g, R, I, 1, 1), depthwise (g, R, 1, K_h, 1), depthwise (g, R, 1, 1, K_w), (g, O, R, 1, 1)
+
+A block is the sum over r of the outer products of column r of A (O, R), of B (I, R) and of one table of
+taps (K, R) for each depthwise factor. R may exceed O and I. A first fit needs no iteration: all modes but
+the two longest are turned to their principal axes and index slices; the singular vectors of the slices are
+components, prod / max (O, I, taps) in all, which add up to W exactly. The R largest are a start.
+
+From there, alternating least squares. The product of W with a fixed B serves the new A and the new taps,
+that with a fixed A the new B and the new taps: two large products are a sweep. And:
+
+* A sweep starts from extrapolated factors, N + beta (N - last N); where the error rose it is dropped and
+  beta is cut (Ang, Cohen, Gillis, Hien 2019). That saves about half of the sweeps.
+* Components that cancel each other and grow (Phan et al. 2020) are held down by a ridge on the Gram
+  matrices. It shrinks with the squared relative error, so that it does not stand in the way of an exact fit.
+* Sweeps run in float32 while the relative error is above ``COARSE``; the end is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bases import decompose
+from .errors import SelectionError
+from .tensor_bases import checked, leading
+
+__all__ = ["cp", "default_sweeps", "largest_cp"]
+
+COARSE = 1e-2  # relative error below which float32 will not do
+PATIENCE = 3  # sweeps without progress that end a fit
+WORK = 60e9  # multiply-adds that a group's sweeps may take together
+
+
+def _modes(shape: Sequence[int], factors: int) -> tuple[int, ...]:
+    """The modes of the tensor of a block (O, I, K_h, K_w) that has so many factors."""
+    if factors not in (3, 4):
+        raise SelectionError(f"factors={factors!r} is not known; choose 3, or 4 to split the taps")
+    out, into, height, width = shape
+    return (out, into, height * width) if factors == 3 else (out, into, height, width)
+
+
+def largest_cp(shape: Sequence[int], factors: int = 3) -> int:
+    """The rank from which on ``cp`` fits an (O, I, K_h, K_w) block exactly: prod(modes) / max(modes).
+
+    That is min(Q min(I, O), I O) for three factors and min(Q min(I, O), I O min(K_h, K_w)) for four.
+
+    >>> largest_cp((64, 32, 3, 3)), largest_cp((4, 1, 3, 3)), largest_cp((4, 1, 3, 3), factors=4)
+    (288, 4, 9)
+    """
+    modes = _modes(shape, factors)
+    return math.prod(modes) // max(modes)
+
+
+def default_sweeps(shape: Sequence[int], rank: int) -> int:
+    """As many sweeps as ``WORK`` buys, from 16 for the widest layers to 300 for small ones.
+
+    >>> default_sweeps((512, 512, 3, 3), 1140), default_sweeps((64, 64, 3, 3), 134)
+    (16, 300)
+    """
+    sweep = 2 * math.prod(shape) * rank + rank**3 + 2 * rank**2 * (shape[0] + shape[1])
+    return int(min(300, max(16, WORK // sweep)))
+
+
+def cp(
+    weight: Tensor,
+    rank: int,
+    factors: int = 3,
+    *,
+    sweeps: int | None = None,
+    starts: int = 1,
+    tolerance: float = 1e-5,
+    ridge: float = 0.003,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """CP of rank R: 1x1, depthwise K_h x K_w (or K_h x 1 and 1 x K_w), 1x1.
+
+    Args:
+        weight: blocks (g, O, I, K_h, K_w).
+        rank: R, components in each group; from ``largest_cp`` on the fit is exact and not iterated.
+        factors: 3, or 4 to split the depthwise factor.
+        sweeps: at most so many from each start; ``None``: ``default_sweeps``.
+        starts: the first one from singular vectors, others random; each group keeps its best fit.
+        tolerance: stop after three sweeps in which no group's error fell by this part of itself.
+        ridge: over the mean diagonal of a Gram matrix, at a relative error of 1.
+        seed: of the random starts; the global generator is not touched.
+
+    Every component has the same norm in all factors.
+
+    >>> weight = torch.randn(2, 8, 4, 3, 3)
+    >>> [tuple(block.shape) for block in cp(weight, 10)]
+    [(2, 10, 4, 1, 1), (2, 10, 1, 3, 3), (2, 8, 10, 1, 1)]
+
+    Raises:
+        SelectionError: for a rank that is none, or a number of factors other than 3 and 4.
+        InputError: for a weight that cannot be decomposed.
+    """
+    blocks = checked(weight, rank=rank)
+    shape, largest = blocks.shape[1:], largest_cp(blocks.shape[1:], factors)
+    tensor = blocks.reshape(-1, *_modes(shape, factors))
+    scale = tensor.flatten(1).norm(dim=1)[:, None, None]
+    unit = tensor.flatten(1) / torch.where(scale > 0, scale, 1.0)[:, 0]
+    found = _principal(unit.view_as(tensor), min(rank, largest))
+    if rank < largest and sum(size > 1 for size in tensor.shape[1:]) > 2:  # else a matrix, and its SVD
+        most = default_sweeps(shape, rank) if sweeps is None else sweeps
+        options = _Options(most, starts, tolerance, ridge, seed)
+        found = _search(unit.view_as(tensor), found, options)
+    out, into, *taps = (factor * scale ** (1 / len(found)) for factor in _balanced(found))
+    sizes = [shape[2:]] if factors == 3 else [(shape[2], 1), (1, shape[3])]
+    depthwise = [tap.mT.reshape(len(tap), -1, 1, *size) for tap, size in zip(taps, sizes, strict=True)]
+    chain = (into.mT[..., None, None], *depthwise, out[..., None, None])
+    return tuple(block.contiguous() for block in chain)
+
+
+@dataclass(frozen=True)
+class _Options:
+    sweeps: int
+    starts: int
+    tolerance: float
+    ridge: float
+    seed: int
+
+
+def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same components with one norm in all factors; a component that vanishes is zero in all."""
+    norms = torch.stack([factor.norm(dim=1, keepdim=True) for factor in factors])
+    mean = norms.log().mean(0).exp()
+    scales = mean / torch.where(norms > 0, norms, 1.0)
+    return [factor * scale for factor, scale in zip(factors, scales, strict=True)]
+
+
+def _principal(tensor: Tensor, rank: int) -> list[Tensor]:
+    """The ``rank`` largest components of the slices of (g, *modes), the shortest modes being indices."""
+    order = sorted(range(1, tensor.ndim), key=lambda mode: tensor.shape[mode])
+    core, axes = tensor.permute(0, *order), []
+    for place in range(1, tensor.ndim - 2):
+        moved = core.movedim(place, 1)
+        axes.append(leading(moved.flatten(2), moved.shape[1]))
+        core = (axes[-1].mT @ moved.flatten(2)).view_as(moved).movedim(1, place)
+    slices = math.prod(core.shape[:-2])
+    svd = decompose(core.reshape(slices * core.shape[-2], -1, 1, 1), slices, "svd")
+    depth, row = svd.energies.shape[1], torch.arange(len(tensor))[:, None]
+    chosen = svd.energies.reshape(len(tensor), -1).argsort(descending=True, stable=True)[:, :rank]
+    places, level = torch.unravel_index(chosen // depth, core.shape[1:-2]), chosen % depth
+    found = [axis.mT[row, place] for axis, place in zip(axes, places, strict=True)]
+    index = (row, *places, level)
+    found.append(svd.composition.reshape(*core.shape[:-1], depth).mT[index])
+    found.append(svd.basis.reshape(*core.shape[:-2], depth, -1)[index])
+    return [found[order.index(mode)].mT.contiguous() for mode in range(1, tensor.ndim)]
+
+
+def _search(tensor: Tensor, start: list[Tensor], options: _Options) -> list[Tensor]:
+    """Least squares from every start; each group keeps its best one, which ends in float64."""
+    generator = torch.Generator().manual_seed(options.seed)
+    unknown = tensor.new_full((len(tensor), 1, 1), math.inf)
+    best, error, used = _descend(tensor.float(), start, unknown, options.sweeps, options, COARSE)
+    for _ in range(options.starts - 1):
+        start = [torch.randn(factor.shape, generator=generator).double() for factor in start]
+        found, reached, more = _descend(tensor.float(), start, unknown, options.sweeps, options, COARSE)
+        best = [torch.where(reached < error, *pair) for pair in zip(found, best, strict=True)]
+        error, used = torch.minimum(error, reached), max(used, more)
+    left = options.sweeps - used if bool((error < COARSE).any()) else 0
+    # float32 cannot tell how small a small error is: begin from the largest that it can be
+    return _descend(tensor, best, error.clamp(min=COARSE), max(left, 1), options)[0]
+
+
+def _descend(
+    tensor: Tensor, start: list[Tensor], error: Tensor, sweeps: int, options: _Options, enough: float = 0.0
+) -> tuple[list[Tensor], Tensor, int]:
+    """At most so many extrapolated sweeps: factors, their relative errors (g, 1, 1), the sweeps taken."""
+    views, total = _views(tensor), tensor.flatten(1).double().square().sum(1)[:, None, None]
+    kept = ahead = [factor.to(tensor.dtype) for factor in _balanced(start)]
+    error = error.to(tensor.dtype)
+    beta, limit = torch.full_like(error, 0.5), torch.ones_like(error)
+    idle = used = 0
+    while used < sweeps and idle < PATIENCE and not bool((error < enough).all()):
+        ridge = options.ridge * error.clamp(max=1.0).square()
+        step = torch.where(error.isinf(), 0.0, beta)
+        found, gain = _sweep(views, ahead, kept, step, ridge)
+        reached = (total - gain).clamp(min=0.0).sqrt().to(tensor.dtype)
+        idle = 0 if bool((reached < error * (1 - options.tolerance)).any()) else idle + 1
+        risen = reached > error
+        beyond = [new + step * (new - old) for new, old in zip(found, kept, strict=True)]
+        kept = [torch.where(risen, old, new) for new, old in zip(found, kept, strict=True)]
+        ahead = [torch.where(risen, old, new) for new, old in zip(beyond, kept, strict=True)]
+        limit = torch.where(risen, beta, (limit * 1.01).clamp(max=1.0))
+        beta = torch.where(risen, beta / 1.5, torch.minimum(beta * 1.05, limit))
+        error, used = torch.minimum(error, reached), used + 1
+    return [factor.double() for factor in kept], error.double(), used
+
+
+def _views(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, O, I, *taps) as (g, taps O, I) and (g, taps I, O): taps times the first side by the other."""
+    taps_last = tensor.flatten(3)
+    return taps_last.permute(0, 3, 1, 2).flatten(1, 2), taps_last.permute(0, 3, 2, 1).flatten(1, 2)
+
+
+def _sweep(
+    views: tuple[Tensor, Tensor], ahead: list[Tensor], kept: list[Tensor], step: Tensor, ridge: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """New factors, and what they take off the squared error, (g, 1, 1)."""
+    _, into, *taps = ahead
+    out, taps, _ = _renewed(views[0], into, taps, ridge)
+    out = out + step * (out - kept[0])
+    taps = [tap + step * (tap - old) for tap, old in zip(taps, kept[2:], strict=True)]
+    into, taps, gain = _renewed(views[1], out, taps, ridge)
+    return [out, into, *taps], gain
+
+
+def _renewed(
+    view: Tensor, fixed: Tensor, taps: list[Tensor], ridge: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The other side, then the taps, by least squares for a fixed side; and their gain as in ``_sweep``."""
+    kernel, gram = _kernel(taps), fixed.mT @ fixed
+    products = (view @ fixed).reshape(*kernel.shape[:2], -1, kernel.shape[2])  # (g, taps, n, R)
+    side = _solved(gram * _gram(taps), (products * kernel[:, :, None]).sum(1), ridge)
+    gram, taps = gram * (side.mT @ side), list(taps)
+    sizes = [tap.shape[1] for tap in taps]
+    grid = (products * side[:, None]).sum(2).reshape(len(side), *sizes, -1)
+    for place, tap in enumerate(taps):
+        others = taps[:place] + taps[place + 1 :]
+        target = grid.movedim(1 + place, 1).reshape(*tap.shape[:2], -1, tap.shape[2])
+        target = (target * _kernel(others)[:, None]).sum(2) if others else target.squeeze(2)
+        normal = gram * _gram(others) if others else gram
+        taps[place] = _solved(normal, target, ridge)
+    fit = (target.double() * taps[-1]).sum((1, 2), keepdim=True)
+    return side, taps, 2 * fit - (normal.double() * _gram(taps[-1:])).sum((1, 2), keepdim=True)
+
+
+def _kernel(taps: list[Tensor]) -> Tensor:
+    """The tables (g, K, R) of the modes of taps as one (g, taps, R)."""
+    return taps[0] if len(taps) == 1 else (taps[0][:, :, None] * taps[1][:, None]).flatten(1, 2)
+
+
+def _gram(tables: list[Tensor]) -> Tensor:
+    """The Gram matrix (g, R, R) of the components that the tables span together."""
+    grams = [table.mT @ table for table in tables]
+    return grams[0] if len(grams) == 1 else grams[0] * grams[1]
+
+
+def _solved(gram: Tensor, target: Tensor, ridge: Tensor) -> Tensor:
+    """X (g, n, R) of X (G + ridge) = target; the ridge grows where rounding makes G indefinite."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    size = torch.finfo(gram.dtype)
+    shift = mean * (ridge + 4 * size.eps) + size.tiny
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype)
+    lower, info = torch.linalg.cholesky_ex(gram + shift * identity)
+    while bool(info.any()):
+        shift = shift * 10
+        lower, info = torch.linalg.cholesky_ex(gram + shift * identity)
+    return torch.cholesky_solve(target.mT, lower).mT
