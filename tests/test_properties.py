@@ -55,9 +55,15 @@ def outcome(model: nn.Module, inputs: Any, training: bool = False) -> Any:
         except (RuntimeError, ValueError):  # BatchNorm on one value, padding wider than the image
             return None
         else:
-            return output, {name: buffer.clone() for name, buffer in model.named_buffers()}
+            return output, {
+                name: buffer.clone() for name, buffer in model.named_buffers() if not _of_form(name)
+            }
         finally:
             before.restore()
+
+
+def _of_form(buffer: str) -> bool:
+    return buffer.endswith("composition.order")
 
 
 def behaviour(net: Net, model: nn.Module) -> list[Any]:
