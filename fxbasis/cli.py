@@ -194,8 +194,14 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
         "--size",
         help="basis convolutions of each layer: an integer, or a fraction of its filters (default 0.5)",
     )
-    parser.add_argument("--form", help='structure of the subgraph: "output", the only one so far')
-    parser.add_argument("--method", help="svd (default), eigen, qr or qr-unpivoted")
+    parser.add_argument("--macs-ratio", type=float, help="instead of --size: part of each layer's MACs")
+    parser.add_argument("--params-ratio", type=float, help="instead of --size: part of each layer's weights")
+    parser.add_argument(
+        "--form",
+        help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
+        "cp4 or tt; `fxbasis forms` compares their costs",
+    )
+    parser.add_argument("--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, als")
     parser.add_argument(
         "--effective-weights",
         action="store_true",
@@ -213,7 +219,7 @@ def _compress(options: argparse.Namespace) -> _Result:
     from .reporting import report
 
     check_folder(Path(options.out))
-    names = ("layers", "size", "form", "method", "effective_weights")
+    names = ("layers", "size", "macs_ratio", "params_ratio", "form", "method", "effective_weights")
     chosen = {key: getattr(options, key) for key in names}
     given = {key: value for key, value in chosen.items() if value is not None}
     if options.plan and given:
@@ -357,6 +363,34 @@ def _measure(options: argparse.Namespace) -> _Result:
     return _Result("\n".join(lines), {name: time.to_dict() for name, time in times.items()})
 
 
+def _add_forms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer",
+        required=True,
+        type=_layer,
+        metavar="C_IN,C_OUT,K,H,W",
+        help="channels, kernel, height and width of a layer with stride 1, for example 64,64,3,56,56",
+    )
+    parser.add_argument("--macs-ratio", type=float, default=0.5, help="part of the MACs (default 0.5)")
+
+
+def _layer(text: str) -> list[int]:
+    sizes = text.split(",")
+    if len(sizes) != 5 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not C_IN,C_OUT,K,H,W, five whole numbers from 1")
+    return [int(size) for size in sizes]
+
+
+def _forms(options: argparse.Namespace) -> _Result:
+    from .costs import ConvShape
+    from .form_table import form_table
+
+    channels, filters, kernel, height, width = options.layer
+    shape = ConvShape(channels, filters, (kernel, kernel))
+    table = form_table(shape, (height, width), options.macs_ratio)
+    return _Result(str(table), table.to_dict())
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="fxbasis-demo", metavar="DIR", help="folder (default %(default)s)")
 
@@ -374,6 +408,7 @@ _Verb = tuple[Callable[[argparse.Namespace], _Result], str, Callable[[argparse.A
 _VERBS: dict[str, _Verb] = {
     "doctor": (_doctor, "say what can be compressed, what not and why, before any work", _add_model),
     "layers": (_layers, "number the convolutions of a model, with sizes, MACs and status", _add_layers),
+    "forms": (_forms, "what every form of one layer costs at equal work", _add_forms),
     "compress": (_compress, "compress a model, check it, export it, measure it, report", _add_compress),
     "fold": (_fold, "fold a compressed model back to the original's structure", _add_fold),
     "profile": (_profile, "count MACs, parameters and activations, layer by layer", _add_profile),

@@ -63,7 +63,7 @@ LAYERS = {
         "export.measuring",
         "export",
     ],
-    3: ["proving", "compression", "saving", "diagnosis"],
+    3: ["form_table", "proving", "compression", "saving", "diagnosis"],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "cli", "__main__"],
 }

@@ -1,0 +1,136 @@
+"""Every form of one layer at equal work: ranks, MACs, parameters and the work of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .costs import ConvShape, dense_macs, dense_params
+from .errors import SelectionError
+from .passes.numbering import number_convs
+from .passes.ranking import check_ratio, ranks_by_cost
+from .structures import FORMS, Ranks, form_macs, form_params, training_macs
+from .tables import aligned
+
+__all__ = ["FormCost", "FormTable", "form_table"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormCost:
+    """What one form of the layer costs, for one image; ratios are to the dense layer.
+
+    Attributes:
+        form, ranks: what it is; ``dense`` has no ranks.
+        macs, params: of a forward pass, and of its weights.
+        macs_ratio, params_ratio: the same over the dense ones.
+        training_ratio: MACs of a forward and backward pass over those of the dense layer.
+        largest: the ranks at which the form is exact.
+    """
+
+    form: str
+    ranks: Ranks
+    macs: int
+    params: int
+    macs_ratio: float
+    params_ratio: float
+    training_ratio: float
+    largest: Ranks
+
+
+@dataclass(frozen=True)
+class FormTable:
+    """The costs of every form; prints as a table."""
+
+    shape: ConvShape
+    size: tuple[int, int]
+    ratio: float
+    rows: tuple[FormCost, ...]
+
+    def __iter__(self) -> Iterator[FormCost]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        shape, (height, width) = self.shape, self.size
+        kernel = "x".join(map(str, shape.kernel_size))
+        head = f"{shape.in_channels} -> {shape.out_channels} channels, {kernel}, stride 1, {height}x{width}"
+        rows = [_row(row) for row in self.rows]
+        table = aligned(rows, _HEADERS, left=("form",))
+        return (
+            f"{head}: the largest ranks at or under {self.ratio:g} of the MACs (weight: of the weights)\n\n"
+            f"{table}\n\nMACs of one image (FLOPs = 2 x MACs); training: forward and backward, with the "
+            "gradient of the input.\nWork is not time and not accuracy: `fxbasis compress` measures the one, "
+            "your data the other."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"unit": "MACs of one image", "forms": [asdict(row) for row in self.rows]}
+
+
+_HEADERS = ("form", "rank", "exact at", "MACs", "ratio", "params", "ratio", "training ratio")
+
+
+def _row(row: FormCost) -> list[str]:
+    ranks, largest = (", ".join(map(str, found)) for found in (row.ranks, row.largest))
+    ratios = (row.macs_ratio, row.params_ratio, row.training_ratio)
+    macs, params, training = (f"{ratio:.3f}" for ratio in ratios)
+    return [row.form, ranks, largest, f"{row.macs:,}", macs, f"{row.params:,}", params, training]
+
+
+def form_table(shape: ConvShape, size: tuple[int, int], macs_ratio: float = 0.5) -> FormTable:
+    """Every form of a layer with stride 1 at the largest ranks of at most ``macs_ratio`` of its MACs.
+
+    Args:
+        shape: the layer.
+        size: height and width of its input and output.
+        macs_ratio: in (0, 1]. The weight form, which saves none at inference, has that part of the weights.
+
+    Raises:
+        SelectionError: for a ratio that is none.
+
+    >>> table = form_table(ConvShape(64, 64, (3, 3)), (56, 56))
+    >>> [(row.form, row.ranks) for row in table][1:4]
+    [('output', (28,)), ('gauge', (30,)), ('weight', (28,))]
+    """
+    check_ratio("macs_ratio", macs_ratio)
+    if min(size) < 1:
+        raise SelectionError(f"a layer of {size[0]}x{size[1]} has no positions; pass sizes from 1")
+    channels = (shape.in_channels, shape.out_channels, shape.kernel_size)
+    conv = nn.Conv2d(*channels, groups=shape.groups, bias=shape.bias, device="meta")
+    record = replace(number_convs(conv)[0], output_size=size, input_size=size)
+    rows = [_dense(shape, size)]
+    for form in FORMS:
+        cost = "params" if form == "weight" else "macs"
+        rows.append(_cost(form, shape, size, ranks_by_cost(record, macs_ratio, cost, form)))
+    return FormTable(shape, size, macs_ratio, tuple(rows))
+
+
+def _dense(shape: ConvShape, size: tuple[int, int]) -> FormCost:
+    return FormCost(
+        form="dense",
+        ranks=(),
+        macs=dense_macs(shape, size),
+        params=dense_params(shape),
+        macs_ratio=1.0,
+        params_ratio=1.0,
+        training_ratio=1.0,
+        largest=(),
+    )
+
+
+def _cost(form: str, shape: ConvShape, size: tuple[int, int], ranks: Ranks) -> FormCost:
+    macs, params = form_macs(form, shape, ranks, size, size), form_params(form, shape, ranks)
+    dense = dense_macs(shape, size)
+    return FormCost(
+        form=form,
+        ranks=ranks,
+        macs=macs,
+        params=params,
+        macs_ratio=macs / dense,
+        params_ratio=params / dense_params(shape),
+        training_ratio=training_macs(form, shape, ranks, size, size) / (3 * dense),
+        largest=FORMS[form].largest_ranks(shape),
+    )
