@@ -1,6 +1,7 @@
-"""ResNet-20 on CIFAR-10: accuracy of the uniform weight SVD, layers 2 to 19, without any training.
+"""ResNet-20 on CIFAR-10: accuracy of one form in layers 2 to 19, fitted to the weights, without any training.
 
     python examples/studies/cifar_resnet20.py --data cifar10-jpeg.zip --weights resnet20-cifar10-jpeg.pt
+    python examples/studies/cifar_resnet20.py --data ... --weights ... --form cp --macs-ratios 0.5
 
 ``--data`` is a zip file with ``test/<class>/*.jpg`` (or the folder it unpacks to), ``--weights`` a state_dict
 of the CIFAR ResNet-20 with parameter-free shortcuts (option A of He et al. 2016). Every figure is the top-1
@@ -85,7 +86,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--layers", default="2-19")
-    parser.add_argument("--method", default="svd")
+    parser.add_argument("--form", default="output")
+    parser.add_argument("--method")
+    parser.add_argument("--macs-ratios", type=float, nargs="+", help="instead of sizes: of each layer's MACs")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.75, 0.5])
     options = parser.parse_args()
     model = ResNet20().eval()
@@ -94,11 +97,13 @@ def main() -> None:
     example = images[:2]
     macs = fxbasis.profile(model, example).macs // 2
     print(f"original: {accuracy(model, images, labels):.2f} % of {len(labels)} images, {macs:,} MACs")
-    for size in options.sizes:
-        small = fxbasis.compress(model, example, layers=options.layers, size=size, method=options.method)
-        work = fxbasis.profile(small, example)
+    name = "macs_ratio" if options.macs_ratios else "size"
+    how = {"layers": options.layers, "form": options.form, "method": options.method}
+    for value in options.macs_ratios or options.sizes:
+        small = fxbasis.compress(model, example, **how, **{name: value})
+        work, done = fxbasis.profile(small, example), fxbasis.plan_of(small).compressed
         print(
-            f"{options.method}, layers {options.layers}, size {size}: "
+            f"{options.form}, {done[0].method}, layers {options.layers}, {name} {value}: "
             f"{accuracy(small, images, labels):.2f} % of {len(labels)} images, "
             f"{work.macs / work.macs_before:.3f} of the MACs, counted = formula: {not work.disagreements}"
         )
