@@ -114,7 +114,7 @@ class Report:
     def to_csv(self) -> str:
         """One line for each layer, with a header."""
         text = io.StringIO()
-        rows = [asdict(layer) for layer in self.profile.layers]
+        rows = [asdict(layer) | {"ranks": " ".join(map(str, layer.ranks))} for layer in self.profile.layers]
         writer = csv.DictWriter(text, list(LayerProfile.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -260,7 +260,7 @@ def test_compress_wrote_what_it_says(done: Path) -> None:
     assert all(difference["relative"] <= 1e-4 for difference in report["differences"].values())
     with (done / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["number"], row["name"], row["rank"]) for row in rows] == [
+    assert [(row["number"], row["name"], row["ranks"]) for row in rows] == [
         ("1", "stem", "4"),
         ("2", "body", "4"),
         ("3", "down", "4"),
@@ -274,7 +274,7 @@ def test_compress_as_json_with_every_option(run: Run, net: str, tmp_path: Path) 
     options = ["--layers", "1-2", "--size", "0.25", "--method", "qr", "--form", "output", "--threads", "1"]
     code, text, err = run("compress", net, *SIZE, "--out", out, "--runs", "3", *options, "--json")
     assert (code, err) == (0, "")
-    assert json.loads(text)["profile"]["layers"][0]["rank"] == 4
+    assert json.loads(text)["profile"]["layers"][0]["ranks"] == [4]
     layers = [(layer.rank, layer.method) for layer in Plan.from_json(out / "plan.json")]
     assert layers == [(4, "qr"), (4, "qr"), (0, "")]
     assert sorted(entry.name for entry in out.iterdir()) == FILES

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxbasis.bases import METHODS, decompose
+from fxbasis.bases import decompose
 from fxbasis.errors import InputError, SelectionError
 from fxbasis.gauge import Gauge, regauge
+from fxbasis.structures import FORMS
 
 
 def factors(seed: int, groups: int, filters: int, rank: int, width: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def test_dependent_columns_and_repeated_rows_are_exact(
     check(regauge(composition, basis), composition, basis)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FORMS["gauge"].methods)
 @pytest.mark.parametrize("shape", [(12, 3, 3, 3), (12, 2, 1, 1)], ids=["wide", "tall"])
 def test_every_method_of_bases_can_be_put_into_gauge_form(shape: tuple[int, ...], method: str) -> None:
     found = decompose(torch.randn(shape), 2, method)
