@@ -196,6 +196,8 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--macs-ratio", type=float, help="instead of --size: part of each layer's MACs")
     parser.add_argument("--params-ratio", type=float, help="instead of --size: part of each layer's weights")
+    parser.add_argument("--energy", type=float, help="instead of --size: part of the weight's squared norm")
+    parser.add_argument("--multiple", type=_count, help="round ranks up to a multiple of this")
     parser.add_argument(
         "--form",
         help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
@@ -219,7 +221,8 @@ def _compress(options: argparse.Namespace) -> _Result:
     from .reporting import report
 
     check_folder(Path(options.out))
-    names = ("layers", "size", "macs_ratio", "params_ratio", "form", "method", "effective_weights")
+    names = ["layers", "size", "macs_ratio", "params_ratio", "energy", "multiple", "form", "method"]
+    names.append("effective_weights")
     chosen = {key: getattr(options, key) for key in names}
     given = {key: value for key, value in chosen.items() if value is not None}
     if options.plan and given:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import FxBasisWarning, InputError, PlanError
 from .forms import layer_plan
+from .kernels import kernel_of
 from .passes.numbering import conv_layers, number_convs
-from .passes.rewriting import check_plan, effective_weight_note, rewrite
+from .passes.records import ConvRecord
+from .passes.rewriting import check_plan, check_weight, effective_weight_note, rewrite
 from .passes.selection import Layers, select
+from .passes.settings import WeightOf
 from .passes.tracing import trace
 from .proving import rewrite_difference
 from .recipe import Plan
@@ -29,6 +32,9 @@ def compress(
     size: int | float = 0.5,
     macs_ratio: float | None = None,
     params_ratio: float | None = None,
+    energy: float | None = None,
+    evbmf: bool = False,
+    multiple: int = 1,
     form: str = "output",
     method: str | None = None,
     fixed_basis: bool = False,
@@ -49,6 +55,10 @@ def compress(
             out_channels, at least one for each group and capped at the largest useful rank.
         macs_ratio, params_ratio: instead of ``size``, the largest rank at which the layer has at most this
             part of its MACs or parameters.
+        energy: instead of ``size``, the smallest rank that keeps this part of the weight's squared norm.
+        evbmf: instead of ``size``, the rank of analytic variational Bayes (Nakajima et al. 2013), which takes
+            the weight for low rank plus noise. Trained weights are not: ranks come out low and uneven.
+        multiple: round ranks up to a multiple of it (16 is a step of ONNX Runtime with AVX-512).
         form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"input"``, ``"spatial"``,
             ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
         method: how its numbers are found; by default the first of those that the form has: ``"svd"``,
@@ -82,16 +92,15 @@ def compress(
     traced = trace(model, example_inputs)
     if plan is None:
         table = number_convs(traced, example_inputs, effective_weights=effective_weights)
-        plan = select(
-            table,
-            layers,
-            size=size,
-            macs_ratio=macs_ratio,
-            params_ratio=params_ratio,
-            form=form,
-            method=method,
-            fixed_basis=fixed_basis,
-        )
+        rules = {
+            "macs_ratio": macs_ratio,
+            "params_ratio": params_ratio,
+            "energy": energy,
+            "evbmf": evbmf or None,
+        }
+        chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
+        settings = {"form": form, "method": method, "fixed_basis": fixed_basis, "multiple": multiple}
+        plan = select(table, layers, weight_of=_weight_in(traced), **chosen, **settings)
     elif isinstance(plan, (str, Path)):
         plan = Plan.from_json(plan)
     elif not isinstance(plan, Plan):
@@ -100,6 +109,18 @@ def compress(
     rewrite(traced, plan)
     rewrite_difference(model, traced, example_inputs)
     return traced
+
+
+def _weight_in(model: nn.Module) -> WeightOf:
+    """The kernel of a numbered convolution, refused when it is not finite."""
+    layers = conv_layers(model)
+
+    def weight_of(record: ConvRecord) -> Tensor:
+        conv = cast(nn.Conv2d, layers[record.name])
+        check_weight(conv, record)
+        return kernel_of(conv).conv.weight
+
+    return weight_of
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -8,6 +8,8 @@ come from ``tensor_bases`` and ``cp``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,45 @@ from .recipe import LayerPlan
 from .structures import Ranks
 from .tensor_bases import tt, tucker2
 
-__all__ = ["fit"]
+__all__ = ["Unfolding", "fit", "unfoldings"]
+
+
+@dataclass(frozen=True)
+class Unfolding:
+    """One cut of a weight between its axes, for one rank of a form.
+
+    Attributes:
+        energies: (g, min(rows, columns)), squared singular values of each group's matrix, largest first.
+        rows, columns: the shape of that matrix.
+    """
+
+    energies: Tensor
+    rows: int
+    columns: int
+
+
+def unfoldings(weight: Tensor, groups: int, form: str) -> tuple[Unfolding, ...]:
+    """The matrices whose ranks the form cuts, by their singular values; cp, whose rank is another, has none.
+
+    Args:
+        weight: (out_channels, in_channels / groups, K_h, K_w), real and finite.
+        groups: of the form (the weight form has one for a depthwise convolution).
+        form: a key of ``structures.FORMS``.
+    """
+    blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
+    if form in ("cp", "cp4"):
+        return ()
+    if form in _TENSOR_FORMS:
+        axes = blocks.permute(0, 2, 3, 4, 1)  # (g, I, K_h, K_w, O)
+        matrices = [axes.flatten(1, cut).flatten(2) for cut in ((1, 3) if form == "tucker2" else (1, 2, 3))]
+    else:
+        matrices = [_matrix(blocks, form)]
+    return tuple(_unfolding(matrix) for matrix in matrices)
+
+
+def _unfolding(matrix: Tensor) -> Unfolding:
+    groups, rows, columns = matrix.shape
+    return Unfolding(decompose(matrix.flatten(0, 1), groups, "svd").energies, rows, columns)
 
 
 def fit(weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
@@ -66,14 +106,19 @@ def _named(factors: tuple[Tensor, ...], plan: LayerPlan) -> dict[str, Tensor]:
     return found
 
 
+def _matrix(blocks: Tensor, form: str) -> Tensor:
+    """The weight as (g, rows, columns): rows are input channels, filters and columns of taps, or filters."""
+    groups, filters, channels, _, width = blocks.shape
+    if form == "input":
+        return blocks.transpose(1, 2).reshape(groups, channels, -1)
+    if form == "spatial":
+        return blocks.permute(0, 1, 4, 2, 3).reshape(groups, filters * width, -1)
+    return blocks.reshape(groups, filters, -1)
+
+
 def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]:
-    groups, filters, channels, height, width = blocks.shape
-    if plan.form == "input":
-        rows = blocks.transpose(1, 2).reshape(groups, channels, -1)
-    elif plan.form == "spatial":
-        rows = blocks.permute(0, 1, 4, 2, 3).reshape(groups, filters * width, -1)
-    else:
-        rows = blocks.reshape(groups, filters, -1)
+    groups, filters, _, height, width = blocks.shape
+    rows = _matrix(blocks, plan.form)
     found = decompose(rows.flatten(0, 1), groups, plan.method).factors(rank)
     if plan.form == "input":
         taps = found.basis.reshape(groups, rank, filters, height, width).transpose(1, 2)

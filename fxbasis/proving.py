@@ -130,4 +130,4 @@ def _watch(
 
     first, last = form.ends
     first.register_forward_pre_hook(expect, with_kwargs=True)
-    last.register_forward_hook(compare)
+    last.register_forward_hook(compare, prepend=True)  # before the hooks that the layer has

@@ -1,4 +1,4 @@
-"""How many channels stand between the steps of a form: ``size``, ``macs_ratio``, ``params_ratio``.
+"""How many channels stand between the steps of a form: ``size``, or what they cost, or what they keep.
 
 A form with one rank has R of them over all groups; tucker2 has two, tt three, which grow in step from one for
 each group to the largest useful ones. Every rank is a multiple of the groups, at least one for each.
@@ -6,16 +6,30 @@ each group to the largest useful ones. Every rank is a multiple of the groups, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import lcm
 from numbers import Integral, Real
 from typing import Any
 
 from ..costs import dense_macs, dense_params
 from ..errors import LayerError, SelectionError
+from ..evbmf import evbmf_rank
+from ..fitting import Unfolding
 from ..structures import FORMS, Ranks, form_macs, form_params, settled, weight_groups
 from .records import ConvRecord
 
-__all__ = ["check_ratio", "check_size", "cost_ratio", "is_whole", "ranks_by_cost", "ranks_by_size"]
+__all__ = [
+    "check_ratio",
+    "check_size",
+    "cost_ratio",
+    "groups_of",
+    "is_whole",
+    "ranks_by_cost",
+    "ranks_by_energy",
+    "ranks_by_evbmf",
+    "ranks_by_size",
+    "rounded_up",
+]
 
 
 def check_size(size: Any) -> None:
@@ -50,7 +64,7 @@ def ranks_by_size(
     Raises:
         LayerError: when ``exact`` and an integer size exceeds all of the largest useful ranks.
     """
-    largest, groups = FORMS[form].largest_ranks(record.shape, method), _groups(record, form)
+    largest, groups = FORMS[form].largest_ranks(record.shape, method), groups_of(record, form)
     if exact and is_whole(size) and size > max(largest):
         raise LayerError(
             f"{record}: rank {size} exceeds {max(largest)}, at which the basis is exact already; "
@@ -72,7 +86,7 @@ def ranks_by_cost(record: ConvRecord, ratio: float, cost: str, form: str, method
 
     The smallest where none are; ``cost`` is ``"macs"`` or ``"params"``.
     """
-    largest, groups = FORMS[form].largest_ranks(record.shape, method), _groups(record, form)
+    largest, groups = FORMS[form].largest_ranks(record.shape, method), groups_of(record, form)
     top = max(largest) // groups
 
     def ranks_at(step: int) -> Ranks:
@@ -80,6 +94,32 @@ def ranks_by_cost(record: ConvRecord, ratio: float, cost: str, form: str, method
         return settled(form, record.shape, ranks)
 
     return ranks_at(_last(lambda step: cost_ratio(record, ranks_at(step), form, cost) <= ratio, top))
+
+
+def ranks_by_energy(record: ConvRecord, energy: float, form: str, cuts: Sequence[Unfolding]) -> Ranks:
+    """The smallest ranks that keep this part of the squared norm of each unfolding, over all groups."""
+    groups, ranks = groups_of(record, form), []
+    for cut in cuts:
+        kept = cut.energies.sum(0).cumsum(0)
+        enough = kept >= kept[-1] * (energy - 1e-12)
+        ranks.append(groups * (int(enough.int().argmax()) + 1))
+    return settled(form, record.shape, tuple(ranks))
+
+
+def ranks_by_evbmf(record: ConvRecord, form: str, cuts: Sequence[Unfolding]) -> Ranks:
+    """The ranks of analytic variational Bayes, of each unfolding the largest of its groups, at least one."""
+    groups, ranks = groups_of(record, form), []
+    for cut in cuts:
+        found = [evbmf_rank(values.sqrt(), cut.rows, cut.columns) for values in cut.energies]
+        ranks.append(groups * max(1, *found))
+    return settled(form, record.shape, tuple(ranks))
+
+
+def rounded_up(record: ConvRecord, ranks: Ranks, multiple: int, form: str, method: str) -> Ranks:
+    """The ranks up to the next multiple, where the largest useful ones allow that."""
+    largest, groups = FORMS[form].largest_ranks(record.shape, method), groups_of(record, form)
+    step = lcm(multiple, groups)
+    return tuple(min(-(-rank // step) * step, most) for rank, most in zip(ranks, largest, strict=True))
 
 
 def _last(holds: Callable[[int], bool], top: int) -> int:
@@ -100,5 +140,6 @@ def cost_ratio(record: ConvRecord, ranks: Ranks, form: str, cost: str = "macs") 
     return form_macs(form, record.shape, ranks, after, before) / max(1, dense_macs(record.shape, after))
 
 
-def _groups(record: ConvRecord, form: str) -> int:
+def groups_of(record: ConvRecord, form: str) -> int:
+    """The groups of the form's steps."""
     return weight_groups(record.shape) if form == "weight" else record.groups

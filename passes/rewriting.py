@@ -26,8 +26,18 @@ from ..recipe import LayerPlan, Plan
 from ..running import become
 from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
+from .records import ConvRecord
 
-__all__ = ["RewritePass", "check_plan", "factorise", "graphs_in", "names_of", "rewrite", "rewrite_modules"]
+__all__ = [
+    "RewritePass",
+    "check_plan",
+    "check_weight",
+    "factorise",
+    "graphs_in",
+    "names_of",
+    "rewrite",
+    "rewrite_modules",
+]
 
 
 class RewritePass(FxPass):
@@ -75,7 +85,7 @@ def rewrite_modules(model: nn.Module, plan: Plan, *, empty: bool = False) -> lis
     """
     convs = check_plan(model, plan)
     for layer in plan.compressed:
-        _check_weight(convs[layer.name], layer)
+        check_weight(convs[layer.name], layer)
     forms = {
         layer.name: BasisConv2d.empty_like(convs[layer.name], layer)
         if empty
@@ -118,7 +128,8 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
     return convs
 
 
-def _check_weight(conv: nn.Conv2d, layer: LayerPlan) -> None:
+def check_weight(conv: nn.Conv2d, layer: LayerPlan | ConvRecord) -> None:
+    """Refuse a weight without data, or with values that are not finite."""
     weight = kernel_of(conv).conv.weight
     if weight.is_meta:
         raise LayerError(f"{layer}: its weight is on the meta device and has no data; load the weights first")

@@ -1,4 +1,4 @@
-"""The grammar of ``layers=`` and ``size=``: which convolutions, and at which rank.
+"""The grammar of ``layers=``: which convolutions; what is done with them is in ``settings``.
 
 A selector is ``"all"``, a number, a name, ``"re:PATTERN"`` (matched against the whole name), a function
 of ``ConvRecord``, a string of numbers, ranges and names with commas (``"2-5,10,fc.conv"``; digits are
@@ -17,9 +17,10 @@ from typing import Any, TypeAlias
 
 from ..errors import FxBasisWarning, LayerError, SelectionError
 from ..recipe import LayerPlan, Plan
-from ..structures import FORMS, Ranks
-from .ranking import check_ratio, check_size, cost_ratio, is_whole, ranks_by_cost, ranks_by_size
+from ..structures import Ranks
+from .ranking import cost_ratio, is_whole
 from .records import COMPRESSED, DEPTHWISE, NO_GAIN, UNSUPPORTED, ConvRecord, ConvTable
+from .settings import RANK_RULES, Settings, WeightOf, ranks_of, settings_of
 
 __all__ = ["Selector", "select"]
 
@@ -29,23 +30,9 @@ Layers: TypeAlias = Selector | Iterable[Selector] | Mapping[Any, Mapping[str, An
 _ALL, _PATTERN, _EXACT = 0, 1, 2
 
 
-_RANKS = ("size", "macs_ratio", "params_ratio")
-_KEYS = (*_RANKS, "form", "method", "fixed_basis")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    size: int | float | None
-    macs_ratio: float | None
-    params_ratio: float | None
-    form: str
-    method: str
-    fixed_basis: bool
-
-
 @dataclass(frozen=True)
 class _Choice:
-    settings: _Settings | None
+    settings: Settings | None
     strength: int
 
 
@@ -53,18 +40,21 @@ def select(
     table: ConvTable,
     layers: Layers = "all",
     *,
-    size: int | float = 0.5,
-    macs_ratio: float | None = None,
-    params_ratio: float | None = None,
-    form: str = "output",
-    method: str | None = None,
-    fixed_basis: bool = False,
+    weight_of: WeightOf | None = None,
+    **settings: Any,
 ) -> Plan:
     """The plan that ``layers`` and ``size`` mean for the convolutions of ``table``.
 
     Under ``"all"`` a layer whose cost would not fall is left dense. Asked for by number, name, pattern or
     function it is rewritten all the same, with an ``FxBasisWarning``. A layer that cannot be rewritten is an
     error when asked for by number or name, and otherwise left dense; the plan keeps the reason.
+
+    Args:
+        table: the convolutions.
+        layers: see the top of this file.
+        weight_of: the weight of a record's layer, for the rules that depend on it.
+        settings: as of ``compress``, which stand where a rule does not say otherwise; by default half of the
+            filters as basis, in the output form.
 
     Raises:
         SelectionError: for a selector that matches nothing, an empty selection, a bad size, form or method.
@@ -76,11 +66,10 @@ def select(
     >>> [(layer.rank, layer.reason) for layer in select(table)]
     [(4, ''), (0, 'rank 8 costs 1.50 times its dense MACs (break-even rank 5.3)')]
     """
-    ratios = {"macs_ratio": macs_ratio, "params_ratio": params_ratio}
-    given = {name: ratio for name, ratio in ratios.items() if ratio is not None} or {"size": size}
-    defaults = _settings(given | {"form": form, "method": method, "fixed_basis": fixed_basis}, None)
-    rules: list[tuple[Any, _Settings | None]] = (
-        [(key, None if value is None else _settings(value, defaults)) for key, value in layers.items()]
+    chosen = settings if any(name in settings for name in RANK_RULES) else settings | {"size": 0.5}
+    defaults = settings_of({"form": "output", "method": None} | chosen)
+    rules: list[tuple[Any, Settings | None]] = (
+        [(key, None if value is None else settings_of(value, defaults)) for key, value in layers.items()]
         if isinstance(layers, Mapping)
         else [(layers, defaults)]
     )
@@ -89,41 +78,12 @@ def select(
     if not table:
         return Plan(())
     choices: dict[int, _Choice] = {}
-    for selector, settings in rules:
+    for selector, found in rules:
         for index, strength in _matches(selector, table).items():
             before = choices.get(index)
             if before is None or before.strength < _EXACT or strength == _EXACT:
-                choices[index] = _Choice(settings, strength)
-    return Plan(tuple(_decide(record, choices.get(record.index)) for record in table))
-
-
-def _settings(given: Any, defaults: _Settings | None) -> _Settings:
-    if not isinstance(given, Mapping) or set(given) - set(_KEYS):
-        raise SelectionError(
-            f"settings {given!r} are not a dict of {', '.join(_KEYS)}; or None to leave alone"
-        )
-    merged = (vars(defaults) if defaults else dict.fromkeys(_RANKS)) | dict(given)
-    ranks = [name for name in _RANKS if name in given]
-    if len(ranks) > 1:
-        raise SelectionError(f"{' and '.join(ranks)} both say the rank; pass one of them")
-    for name in ranks:
-        check_size(given[name]) if name == "size" else check_ratio(name, given[name])
-        merged |= dict.fromkeys(_RANKS) | {name: given[name]}
-    if defaults and "form" in given and "method" not in given and given["form"] != defaults.form:
-        merged["method"] = None  # each form has its own
-    return _checked(merged)
-
-
-def _checked(merged: dict[str, Any]) -> _Settings:
-    form, method = merged["form"], merged["method"]
-    if form not in FORMS:
-        raise SelectionError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
-    known = FORMS[form].methods
-    if method is not None and method not in known:
-        raise SelectionError(
-            f"method={method!r} is not known for the {form} form; choose one of {', '.join(known)}"
-        )
-    return _Settings(**{**merged, "method": method or known[0]})
+                choices[index] = _Choice(found, strength)
+    return Plan(tuple(_decide(record, choices.get(record.index), weight_of) for record in table))
 
 
 def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
@@ -196,7 +156,7 @@ def _close(name: str, table: ConvTable) -> str:
     return f"; close matches: {', '.join(close)}" if close else "; see number_convs(model) for the names"
 
 
-def _decide(record: ConvRecord, choice: _Choice | None) -> LayerPlan:
+def _decide(record: ConvRecord, choice: _Choice | None, weight_of: WeightOf | None) -> LayerPlan:
     dense = LayerPlan(
         number=record.index,
         name=record.name,
@@ -215,7 +175,8 @@ def _decide(record: ConvRecord, choice: _Choice | None) -> LayerPlan:
         return _with(dense, reason=f"{record.status} ({record.reason})")
     if record.prepares and form not in ("output", "gauge"):
         return _taken_apart(record, dense, choice)
-    return _ranked(record, dense, choice.strength, choice.settings)
+    ranks = ranks_of(record, choice.settings, weight_of, exact=choice.strength == _EXACT)
+    return _ranked(record, dense, choice.strength, choice.settings, ranks)
 
 
 def _refused(record: ConvRecord, dense: LayerPlan, choice: _Choice) -> LayerPlan:
@@ -233,8 +194,10 @@ def _taken_apart(record: ConvRecord, dense: LayerPlan, choice: _Choice) -> Layer
     return _with(dense, reason=f"{UNSUPPORTED}: {why}")
 
 
-def _ranked(record: ConvRecord, dense: LayerPlan, strength: int, settings: _Settings) -> LayerPlan:
-    ranks, form = _ranks(record, settings, exact=strength == _EXACT), settings.form
+def _ranked(
+    record: ConvRecord, dense: LayerPlan, strength: int, settings: Settings, ranks: Ranks
+) -> LayerPlan:
+    form = settings.form
     cost = "params" if form == "weight" else "macs"
     ratio, note = cost_ratio(record, ranks, form, cost), ""
     if ratio >= 1:
@@ -246,15 +209,6 @@ def _ranked(record: ConvRecord, dense: LayerPlan, strength: int, settings: _Sett
         )
     changes = {"form": form, "method": settings.method, "ranks": ranks, "reason": note}
     return _with(dense, effective=record.effective, fixed_basis=settings.fixed_basis, **changes)
-
-
-def _ranks(record: ConvRecord, settings: _Settings, *, exact: bool) -> Ranks:
-    form, method = settings.form, settings.method
-    if settings.macs_ratio is not None:
-        return ranks_by_cost(record, settings.macs_ratio, "macs", form, method)
-    if settings.params_ratio is not None:
-        return ranks_by_cost(record, settings.params_ratio, "params", form, method)
-    return ranks_by_size(record, settings.size or 1, form, method, exact=exact)
 
 
 def _dear(record: ConvRecord, ranks: Ranks, form: str, ratio: float) -> str:

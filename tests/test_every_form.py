@@ -296,3 +296,84 @@ def test_forms_can_be_mixed_by_rules(residual_net: Net) -> None:
     assert (first.form, first.method) == ("gauge", "svd")
     assert {layer.form for layer in others} <= {"cp", "dense"}
     assert not profile(small, net.example).disagreements
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hooks_of_the_layer_run_around_every_form(form: str) -> None:
+    model, example = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model[0].register_forward_hook(lambda module, args, output: output * 0.5)
+    full = compress(model, example, layers=1, form=form, size=1.0)
+    assert close(output(model, example), output(full, example))
+    assert close(output(model, example), output(fold(full), example))
+
+
+MATRIX = [form for form in FORMS if form not in ("cp", "cp4")]
+
+
+def planted() -> nn.Conv2d:
+    """A convolution whose weight has rank 3 between its filters and the rest, and between channels too."""
+    conv = nn.Conv2d(12, 16, 3, groups=1)
+    with torch.no_grad():
+        conv.weight.copy_(torch.einsum("or,ris,st->oit", *_factors()).reshape(16, 12, 3, 3))
+    return conv
+
+
+def _factors() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(16, 3), torch.randn(3, 12, 9), torch.eye(9)
+
+
+def test_energy_finds_the_rank_of_a_weight_and_keeps_what_it_says() -> None:
+    conv, example = planted(), torch.randn(1, 12, 8, 8)
+    found = compress(conv, example, layers=1, energy=1.0)
+    assert plan_of(found).layers[0].ranks == (3,)
+    assert close(output(conv, example), output(found, example))
+    for energy in (0.3, 0.7, 0.95):
+        conv = nn.Conv2d(12, 16, 3, groups=2)
+        form = compress(conv, example, layers=1, energy=energy)
+        (rank,) = plan_of(form).layers[0].ranks
+        total, kept = (float(each.weight.detach().square().sum()) for each in (conv, fold(form)))
+        assert kept >= energy * total * (1 - 1e-6)
+        less = compress(conv, example, layers=1, size=rank - 2)
+        assert float(fold(less).weight.detach().square().sum()) < energy * total
+
+
+@pytest.mark.parametrize("form", MATRIX)
+def test_energy_of_one_is_exact_in_every_form_with_matrices(form: str) -> None:
+    conv, example = nn.Conv2d(8, 12, 3, groups=2), torch.randn(1, 8, 7, 7)
+    full = compress(conv, example, layers=1, form=form, energy=1.0)
+    assert plan_of(full).layers[0].ranks == FORMS[form].largest_ranks(ConvShape(8, 12, (3, 3), 2))
+    assert close(output(conv, example), output(full, example))
+
+
+def test_evbmf_finds_a_planted_rank_under_noise() -> None:
+    conv, example = nn.Conv2d(32, 48, 3), torch.randn(1, 32, 7, 7)
+    with torch.no_grad():
+        conv.weight.copy_((torch.randn(48, 5) @ torch.randn(5, 288)).reshape(48, 32, 3, 3))
+        conv.weight.add_(0.1 * torch.randn(48, 32, 3, 3))
+    assert plan_of(compress(conv, example, layers=1, evbmf=True)).layers[0].ranks == (5,)
+    with torch.no_grad():
+        conv.weight.normal_()
+    assert plan_of(compress(conv, example, layers=1, evbmf=True)).layers[0].ranks == (1,)
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(1, 5), (4, 8), (16, 16), (64, 24)])
+def test_ranks_are_rounded_up_to_a_multiple(multiple: int, expected: int) -> None:
+    conv, example = nn.Conv2d(12, 24, 3), torch.randn(1, 12, 7, 7)
+    small = compress(conv, example, layers=1, size=5, multiple=multiple)
+    assert plan_of(small).layers[0].ranks == (expected,)
+
+
+def test_rules_that_need_weights_or_matrices_say_so(net: Net) -> None:
+    with pytest.raises(SelectionError, match=r"energy has no meaning for the cp form.*use size="):
+        compress(net, net.example, layers=1, form="cp", energy=0.9)
+    with pytest.raises(SelectionError, match="energy needs the weights; use compress"):
+        select(number_convs(net, net.example), 1, energy=0.9)
+    with pytest.raises(SelectionError, match=r"multiple=0 is no whole number from 1; pass"):
+        compress(net, net.example, layers=1, multiple=0)
+    with pytest.raises(SelectionError, match="energy and evbmf both say the rank; pass one of them"):
+        compress(net, net.example, layers=1, energy=0.5, evbmf=True)
+    with torch.no_grad():
+        net.get_submodule(number_convs(net)[0].name).weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(LayerError, match="1 of its weights are NaN or infinite; repair"):
+        compress(net, net.example, layers=1, energy=0.9)

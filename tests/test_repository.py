@@ -51,6 +51,7 @@ LAYERS = {
         "passes.records",
         "passes.numbering",
         "passes.ranking",
+        "passes.settings",
         "passes.selection",
         "passes.rewriting",
         "passes.folding",
