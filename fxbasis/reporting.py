@@ -138,7 +138,7 @@ class Report:
             "## Checks",
             self._checks(),
             "## Layers",
-            "MACs of the whole batch; R* is the break-even rank, below which a basis is cheaper than dense.",
+            "MACs of the whole batch; R* is the break-even rank, below which the form is cheaper than dense.",
             self.profile.table("github"),
             f"{len(self.profile.convs) - len(kept)} of {len(self.profile.convs)} convolutions are rewritten; "
             "the others stay dense for the reason in their row.",

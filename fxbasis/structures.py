@@ -26,17 +26,18 @@ Counting convention: see ``costs``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
-from .costs import ConvShape, dense_macs
+from .costs import ConvShape, dense_macs, dense_params
 
 __all__ = [
     "FORMS",
     "Form",
     "Ranks",
     "Step",
+    "break_even_rank",
     "form_macs",
     "form_params",
     "settled",
@@ -223,6 +224,26 @@ def form_macs(
     20873216
     """
     return sum(_macs_of_steps(form, shape, ranks, output_size, input_size, batch))
+
+
+def break_even_rank(form: str, shape: ConvShape, output_size: Size, input_size: Size) -> float | None:
+    """R*: the form is cheaper than dense below this rank; None where it has several.
+
+    In MACs; the weight form, which has more at any rank, in parameters. The gauge form is cheaper at every
+    useful rank.
+
+    >>> break_even_rank("spatial", ConvShape(64, 64, (3, 3)), (56, 56), (56, 56))
+    96.0
+    """
+    largest = FORMS[form].largest_ranks(shape)
+    if form == "gauge" or len(largest) > 1:
+        return None if len(largest) > 1 else float(largest[0])
+    least = (FORMS[form].steps(shape, largest)[-1].groups,)
+    if form == "weight":
+        plain = replace(shape, bias=False)
+        return least[0] * dense_params(plain) / form_params(form, plain, least)
+    macs = form_macs(form, shape, least, output_size, input_size)
+    return least[0] * dense_macs(shape, output_size) / macs
 
 
 def _macs_of_steps(

@@ -19,7 +19,9 @@ from torch import fx, nn
 
 from ..costs import dense_macs, dense_params
 from ..forms import BasisConv2d
+from ..recipe import LayerPlan
 from ..running import ExampleInputs, batch_size, copy_to_run
+from ..structures import break_even_rank
 from ..tables import aligned
 from .base import MACS, FxPass
 from .counting import MacCounter, count_macs
@@ -40,7 +42,8 @@ class LayerProfile:
         macs, params: of the layer as it is, by the closed form.
         counted: MACs counted from the operations that ran.
         activations: elements of all its outputs, the basis convolution's included.
-        break_even_rank: R*, below which the output form is cheaper than dense.
+        break_even_rank: R*, below which its form (the output form, if dense) is cheaper than dense; None for
+            forms with several ranks.
         note: why it is left dense, or a remark.
     """
 
@@ -238,9 +241,16 @@ def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: M
         params=record.params,
         activations_before=outputs,
         activations=outputs + sum(counter.activations[scope] for scope in between),
-        break_even_rank=record.shape.break_even_rank,
+        break_even_rank=_break_even(record, plan),
         note=plan.reason if plan else record.reason,
     )
+
+
+def _break_even(record: ConvRecord, plan: LayerPlan | None) -> float | None:
+    """R* of its form, of the output form for a layer left alone."""
+    if plan is None or record.output_size is None or record.input_size is None:
+        return record.shape.break_even_rank
+    return break_even_rank(plan.form, plan.shape, record.output_size, record.input_size)
 
 
 def _scopes(name: str, layer: nn.Conv2d | BasisConv2d) -> list[str]:

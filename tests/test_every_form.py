@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxbasis import compress, export_onnx, fold, load, number_convs, plan_of, profile, save
-from fxbasis.costs import ConvShape, dense_macs
+from fxbasis.costs import ConvShape, dense_macs, dense_params
 from fxbasis.errors import FxBasisWarning, LayerError, SelectionError
 from fxbasis.fitting import fit
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.selection import select
 from fxbasis.recipe import LayerPlan
-from fxbasis.structures import FORMS, form_macs, form_params, training_macs
+from fxbasis.structures import FORMS, break_even_rank, form_macs, form_params, training_macs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*it is rewritten because it was asked for"),
@@ -377,3 +377,26 @@ def test_rules_that_need_weights_or_matrices_say_so(net: Net) -> None:
         net.get_submodule(number_convs(net)[0].name).weight[0, 0, 0, 0] = torch.nan
     with pytest.raises(LayerError, match="1 of its weights are NaN or infinite; repair"):
         compress(net, net.example, layers=1, energy=0.9)
+
+
+@pytest.mark.parametrize("form", ["output", "weight", "input", "spatial", "cp", "cp4"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_form_is_cheaper_exactly_below_its_break_even_rank(form: str, stride: int) -> None:
+    shape, before = ConvShape(6, 8, (3, 2), groups=2), (8, 6)
+    after = (before[0] // stride, before[1] // stride)
+    even = break_even_rank(form, shape, after, before)
+    assert even is not None
+    for rank in range(2, 80, 2):
+        macs = form_macs(form, shape, (rank,), after, before)
+        cheaper = macs < dense_macs(shape, after)
+        if form == "weight":
+            cheaper = form_params(form, shape, (rank,)) < dense_params(shape)
+        assert cheaper == (rank < even)
+
+
+def test_the_profile_has_the_break_even_rank_of_the_form() -> None:
+    conv, example = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 8, 8)
+    found = {form: profile(compress(conv, example, layers=1, form=form, size=4), example) for form in FORMS}
+    even = {form: each.layers[0].break_even_rank for form, each in found.items()}
+    assert even["output"] == even["weight"] == even["input"] == 57.6
+    assert (even["gauge"], even["spatial"], even["tucker2"], even["tt"]) == (64.0, 96.0, None, None)
