@@ -76,7 +76,9 @@ def number_convs(
     records = []
     for index, (name, layer) in enumerate(layers.items(), 1):
         obstacle, effective = _obstacle(layer, effective_weights)
-        records.append(_record(index, name, layer, calls, obstacle or readers.get(name, ""), effective))
+        if obstacle in ("", DEPTHWISE):  # which hinders not every form
+            obstacle = readers.get(name, obstacle)
+        records.append(_record(index, name, layer, calls, obstacle, effective))
     return ConvTable(records, seen.functional)
 
 
@@ -146,8 +148,10 @@ def _status(layer: nn.Conv2d | BasisConv2d, shape: ConvShape, obstacle: str, idl
             for found in (plan.ranks, FORMS[plan.form].largest_ranks(shape, plan.method))
         )
         return COMPRESSED, f"{plan.form} form, {plan.method}, rank {ranks} of {largest}"
-    if obstacle or idle:
-        return UNSUPPORTED, obstacle or "it is not called on these inputs"
+    if idle and obstacle in ("", DEPTHWISE):
+        return UNSUPPORTED, "it is not called on these inputs"
+    if obstacle:
+        return UNSUPPORTED, obstacle
     if not shape.gains:
         return NO_GAIN, f"break-even rank {shape.break_even_rank:.1f}"
     decided = layer_plan(layer)

@@ -400,3 +400,27 @@ def test_the_profile_has_the_break_even_rank_of_the_form() -> None:
     even = {form: each.layers[0].break_even_rank for form, each in found.items()}
     assert even["output"] == even["weight"] == even["input"] == 57.6
     assert (even["gauge"], even["spatial"], even["tucker2"], even["tt"]) == (64.0, 96.0, None, None)
+
+
+class TiedDepthwise(nn.Module):
+    """Two depthwise convolutions with one weight, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.idle = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(3))
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def test_the_weight_form_of_depthwise_layers_keeps_ties_and_leaves_what_never_runs() -> None:
+    model, example = TiedDepthwise(), torch.randn(1, 4, 6, 6)
+    assert [record.reason for record in number_convs(model, example)] == [
+        "its parameter is also two.weight",
+        "its parameter is also one.weight",
+        "it is not called on these inputs",
+    ]
+    with pytest.warns(FxBasisWarning, match="nothing is compressed"):
+        same = compress(model, example, layers="re:.*", form="weight", size=2)
+    assert same.get_submodule("one").weight is same.get_submodule("two").weight
