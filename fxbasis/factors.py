@@ -13,7 +13,7 @@ from .kernels import bare_conv, conv_like
 from .recipe import LayerPlan
 from .structures import Step
 
-__all__ = ["GaugeComposition", "chained", "factors_like", "product"]
+__all__ = ["GaugeComposition", "chained", "factors_like", "product", "weight_of"]
 
 
 class GaugeComposition(nn.Module):
@@ -109,7 +109,8 @@ def _options(kernel: nn.Conv2d, step: Step) -> dict[str, Any]:
     }
 
 
-def _weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of the convolution with the same function as a step."""
     return module.dense_weight() if isinstance(module, GaugeComposition) else cast(Tensor, module.weight)
 
 
@@ -120,7 +121,7 @@ def product(plan: LayerPlan, factors: Mapping[str, nn.Module]) -> Tensor:
     """
     groups, made = plan.steps[0].groups, None
     for step in plan.steps:
-        weight = _weight_of(factors[step.name]).double()
+        weight = weight_of(factors[step.name]).double()
         block = weight.reshape(groups, -1, step.in_channels // step.groups, *step.kernel_size)
         if made is None:
             made = block
@@ -136,7 +137,7 @@ def chained(plan: LayerPlan, factors: Mapping[str, nn.Module], patch: Tensor) ->
     """What the steps make of a patch, without padding and bias, in float64."""
     for step in plan.steps:
         module = factors[step.name]
-        weight = _weight_of(module).to("cpu", torch.float64)
+        weight = weight_of(module).to("cpu", torch.float64)
         options = (getattr(module, "stride", 1), 0, getattr(module, "dilation", 1))
         patch = nn.functional.conv2d(patch, weight, None, *options, step.groups)
     return patch

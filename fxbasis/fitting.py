@@ -20,7 +20,7 @@ from .recipe import LayerPlan
 from .structures import Ranks
 from .tensor_bases import tt, tucker2
 
-__all__ = ["Unfolding", "fit", "unfoldings"]
+__all__ = ["Unfolding", "fit", "gauge_factors", "unfoldings"]
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,15 @@ def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]
         taps = found.composition.reshape(groups, filters, width, rank).transpose(2, 3)
         return {"basis.weight": found.basis, "composition.weight": taps}
     if plan.form == "gauge":
-        return _gauge_fit(regauge(found.composition, found.basis))
+        return gauge_factors(regauge(found.composition, found.basis))
     return {"basis.weight": found.basis, "composition.weight": found.composition}
 
 
-def _gauge_fit(gauge: Gauge) -> dict[str, Tensor]:
-    """Copies stand first, group by group, then the combinations; each output knows its place among them."""
+def gauge_factors(gauge: Gauge) -> dict[str, Tensor]:
+    """The weights of the gauge form by name.
+
+    Copies stand first, group by group, then the combinations; each output knows its place among them.
+    """
     groups, made = gauge.rows.shape[0], gauge.rest.shape[1]
     filters = gauge.rows.shape[1] + made
     first = filters * torch.arange(groups)[:, None]

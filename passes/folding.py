@@ -17,7 +17,7 @@ from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
 from .rewriting import graphs_in, names_of
 
-__all__ = ["FoldPass", "fold", "fold_modules"]
+__all__ = ["FoldPass", "chains_in", "fold", "fold_modules", "join"]
 
 
 class FoldPass(FxPass):
@@ -31,20 +31,21 @@ class FoldPass(FxPass):
 def _fold(model: nn.Module) -> int:
     """Find the chains of steps in every graph, exchange the modules, join the chains; counts the layers."""
     forms = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, BasisConv2d)}
-    chains = {graph: list(_chains_in(graph, model, forms)) for graph in graphs_in(model)}
+    chains = {graph: list(chains_in(graph, model, forms)) for graph in graphs_in(model)}
     fold_modules(model)
     for graph_module, found in chains.items():
         for chain in found:
-            _join(graph_module.graph, chain)
+            join(graph_module.graph, chain)
         if found:
             graph_module.graph.lint()
             graph_module.recompile()
     return len(forms)
 
 
-def _chains_in(
+def chains_in(
     graph_module: fx.GraphModule, model: nn.Module, forms: dict[str, BasisConv2d]
 ) -> Iterator[list[fx.Node]]:
+    """The nodes of the steps of each call in one graph; the forms are those of these names in the model."""
     for name, form in forms.items():
         for target in names_of(graph_module, {id(model.get_submodule(name))}):
             yield from _chains(graph_module, target, form)
@@ -97,7 +98,8 @@ def _chains(graph_module: fx.GraphModule, name: str, form: BasisConv2d) -> Itera
         yield chain
 
 
-def _join(graph: fx.Graph, chain: list[fx.Node]) -> None:
+def join(graph: fx.Graph, chain: list[fx.Node]) -> None:
+    """One node for the layer in place of those of its steps."""
     first, last = chain[0], chain[-1]
     with graph.inserting_before(last):
         node = graph.call_module(str(last.target).rpartition(".")[0], first.args, dict(first.kwargs))

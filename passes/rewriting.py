@@ -32,6 +32,7 @@ __all__ = [
     "RewritePass",
     "check_plan",
     "check_weight",
+    "expand",
     "factorise",
     "graphs_in",
     "names_of",
@@ -68,7 +69,7 @@ def rewrite(model: nn.Module, plan: Plan, *, empty: bool = False) -> list[BasisC
         return []
     forms = rewrite_modules(model, plan, empty=empty)
     for graph_module in graphs_in(model):
-        if _expand(graph_module, [form for form in forms if form.plan.called and not has_hooks(form)]):
+        if expand(graph_module, forms):
             graph_module.graph.lint()
             graph_module.recompile()
     return forms
@@ -180,10 +181,10 @@ def names_of(model: nn.Module, modules: Collection[int]) -> set[str]:
     return {name for name, found in model.named_modules(remove_duplicate=False) if id(found) in modules}
 
 
-def _expand(graph_module: fx.GraphModule, forms: Sequence[BasisConv2d]) -> int:
+def expand(graph_module: fx.GraphModule, forms: Sequence[BasisConv2d]) -> int:
     """A node for each step in place of each call of the forms; returns how many calls there were."""
     graph, count = graph_module.graph, 0
-    for form in forms:
+    for form in (form for form in forms if form.plan.called and not has_hooks(form)):
         for node in call_sites(graph_module, names_of(graph_module, {id(form)})):
             *inner, last = form.plan.called
             given, named = node.args, dict(node.kwargs)

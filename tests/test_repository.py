@@ -55,6 +55,7 @@ LAYERS = {
         "passes.selection",
         "passes.rewriting",
         "passes.folding",
+        "passes.converting",
         "passes.counting",
         "passes.profiling",
         "passes",
