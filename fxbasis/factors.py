@@ -39,8 +39,14 @@ class GaugeComposition(nn.Module):
         outputs = [input]
         if len(self.weight):
             outputs.append(nn.functional.conv2d(input, self.weight, groups=self.groups))
-        output = torch.cat(outputs, -3).index_select(-3, self.order)
+        output = self._ordered(torch.cat(outputs, -3))
         return output if self.bias is None else output + self.bias[:, None, None]
+
+    def _ordered(self, outputs: Tensor) -> Tensor:
+        """The channels in their order, in the memory format that they come in."""
+        if outputs.is_contiguous() or outputs.ndim != 4:
+            return outputs.index_select(-3, self.order)
+        return outputs.movedim(1, 3).index_select(3, self.order).movedim(3, 1)
 
     def dense_weight(self) -> Tensor:
         """The weight of the 1x1 convolution with the same function: (out_channels, in_channels / g, 1, 1)."""

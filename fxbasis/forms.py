@@ -69,7 +69,8 @@ class BasisConv2d(nn.Module):
         groups = self.plan.steps[0].groups
         basis = self.basis.weight.reshape(groups, -1, self.basis.weight[0].numel())
         composition = self.composition.weight.reshape(groups, -1, basis.shape[1])
-        return (composition @ basis).reshape(-1, *self.basis.weight.shape[1:])
+        weight = (composition @ basis).reshape(-1, *self.basis.weight.shape[1:])
+        return weight.contiguous(memory_format=_layout(self.basis.weight))
 
     @classmethod
     def empty_like(cls, conv: nn.Conv2d, plan: LayerPlan) -> BasisConv2d:

@@ -62,6 +62,14 @@ def test_equals_the_original_at_full_rank(key: str, form: str) -> None:
         assert close(output(case.net(), case.example(seed)), output(full, case.example(seed)))
 
 
+@forms
+@pytest.mark.parametrize("key", ["channels-last", "channels-last-groups"])
+def test_channels_last_is_kept(key: str, form: str) -> None:
+    case, model = GRID[key], made(key, form, 4)
+    for example in (case.example(), case.example().contiguous()):
+        assert output(model, example).stride() == output(case.net(), example).stride()
+
+
 @pytest.mark.parametrize(("form", "method"), METHODS)
 @pytest.mark.parametrize("key", ["plain", "groups", "groups-small-fan-in", "same-even-dilated", "1x5", "1x1"])
 def test_every_method_is_exact_at_full_rank(key: str, form: str, method: str) -> None:
