@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .errors import LayerError
 from .kernels import bare_conv, conv_like
 from .recipe import LayerPlan
-from .structures import Step
+from .structures import FORMS, Step
 
-__all__ = ["GaugeComposition", "chained", "factors_like", "product", "weight_of"]
+__all__ = ["GaugeComposition", "chained", "factors_like", "product", "step_weight"]
 
 
 class GaugeComposition(nn.Module):
@@ -67,7 +67,7 @@ def factors_like(kernel: nn.Conv2d, plan: LayerPlan) -> dict[str, nn.Module]:
         LayerError: when its class prepares the input, and the form takes its kernel apart.
     """
     steps = plan.steps
-    if type(kernel) is not nn.Conv2d and not plan.whole_first:
+    if type(kernel) is not nn.Conv2d and not FORMS[plan.form].whole_first:
         raise LayerError(
             f"{plan}: its class {type(kernel).__name__} prepares the input for the whole kernel, which the "
             f"{plan.form} form does not convolve it with; use form='output' or 'gauge'"
@@ -115,7 +115,7 @@ def _options(kernel: nn.Conv2d, step: Step) -> dict[str, Any]:
     }
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def step_weight(module: nn.Module) -> Tensor:
     """The weight of the convolution with the same function as a step."""
     return module.dense_weight() if isinstance(module, GaugeComposition) else cast(Tensor, module.weight)
 
@@ -127,7 +127,7 @@ def product(plan: LayerPlan, factors: Mapping[str, nn.Module]) -> Tensor:
     """
     groups, made = plan.steps[0].groups, None
     for step in plan.steps:
-        weight = weight_of(factors[step.name]).double()
+        weight = step_weight(factors[step.name]).double()
         block = weight.reshape(groups, -1, step.in_channels // step.groups, *step.kernel_size)
         if made is None:
             made = block
@@ -143,7 +143,7 @@ def chained(plan: LayerPlan, factors: Mapping[str, nn.Module], patch: Tensor) ->
     """What the steps make of a patch, without padding and bias, in float64."""
     for step in plan.steps:
         module = factors[step.name]
-        weight = weight_of(module).to("cpu", torch.float64)
+        weight = step_weight(module).to("cpu", torch.float64)
         options = (getattr(module, "stride", 1), 0, getattr(module, "dilation", 1))
         patch = nn.functional.conv2d(patch, weight, None, *options, step.groups)
     return patch

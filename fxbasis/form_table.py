@@ -102,9 +102,8 @@ def form_table(shape: ConvShape, size: tuple[int, int], macs_ratio: float = 0.5)
     conv = nn.Conv2d(*channels, groups=shape.groups, bias=shape.bias, device="meta")
     record = replace(number_convs(conv)[0], output_size=size, input_size=size)
     rows = [_dense(shape, size)]
-    for form in FORMS:
-        cost = "params" if form == "weight" else "macs"
-        rows.append(_cost(form, shape, size, ranks_by_cost(record, macs_ratio, cost, form)))
+    for name, form in FORMS.items():
+        rows.append(_cost(name, shape, size, ranks_by_cost(record, macs_ratio, form.saves, name)))
     return FormTable(shape, size, macs_ratio, tuple(rows))
 
 

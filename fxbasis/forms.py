@@ -24,6 +24,7 @@ from .errors import VerificationError
 from .factors import GaugeComposition, chained, factors_like, product
 from .kernels import bare_conv, conv_like, kernel_of
 from .recipe import LAYER, LayerPlan
+from .structures import FORMS
 
 __all__ = ["LAYER", "BasisConv2d", "as_form", "layer_plan"]
 
@@ -131,7 +132,7 @@ class BasisConv2d(nn.Module):
 
     def _dense_like(self) -> nn.Conv2d:
         bias = self.bias is not None
-        if self.plan.whole_first or self.plan.form == "weight":
+        if FORMS[self.plan.form].whole_first or self.plan.form == "weight":
             return conv_like(self.basis, self.out_channels, bias=bias)
         options = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         channels = (self.in_channels, self.out_channels, self.plan.kernel_size)

@@ -78,11 +78,6 @@ class LayerPlan:
         """The names of the steps that are called one after the other; none when the form itself is called."""
         return () if self.form == "weight" else tuple(step.name for step in self.steps)
 
-    @property
-    def whole_first(self) -> bool:
-        """Whether its first step convolves the input with the whole kernel."""
-        return self.form in ("output", "gauge")
-
     def __str__(self) -> str:
         weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         return f"conv {self.number} ({self.name}), weight {weight}"

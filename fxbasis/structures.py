@@ -142,11 +142,16 @@ class Form:
         steps: the chain for a shape and ranks.
         largest: the ranks of one group of (C/g) x (c/g) filters K_h x K_w at which it is exact.
         methods: how its numbers can be found, the default first.
+        whole_first: its first step convolves the input with the whole kernel, so that a class which prepares
+            the input for that can be its class.
+        saves: what falls with the rank, ``"macs"`` or, of the form that saves none, ``"params"``.
     """
 
     steps: Callable[[ConvShape, Ranks], tuple[Step, ...]]
     largest: Callable[[int, int, int, int], Ranks]
     methods: tuple[str, ...]
+    whole_first: bool = False
+    saves: str = "macs"
 
     def largest_ranks(self, shape: ConvShape, method: str = "") -> Ranks:
         """The ranks over all groups at which the form is exact; more adds nothing.
@@ -182,10 +187,15 @@ def settled(form: str, shape: ConvShape, ranks: Ranks) -> Ranks:
 
 _MATRIX = ("svd", "eigen", "qr", "qr-unpivoted")
 
+
+def _filters(o: int, i: int, h: int, w: int) -> Ranks:
+    return (min(o, i * h * w),)
+
+
 FORMS: dict[str, Form] = {
-    "output": Form(_output, lambda o, i, h, w: (min(o, i * h * w),), (*_MATRIX, "random")),
-    "gauge": Form(_gauge, lambda o, i, h, w: (min(o, i * h * w),), _MATRIX),
-    "weight": Form(_weight, lambda o, i, h, w: (min(o, i * h * w),), (*_MATRIX, "random")),
+    "output": Form(_output, _filters, (*_MATRIX, "random"), whole_first=True),
+    "gauge": Form(_gauge, _filters, _MATRIX, whole_first=True),
+    "weight": Form(_weight, _filters, (*_MATRIX, "random"), saves="params"),
     "input": Form(_input, lambda o, i, h, w: (min(i, o * h * w),), _MATRIX),
     "spatial": Form(_spatial, lambda o, i, h, w: (min(i * h, o * w),), _MATRIX),
     "tucker2": Form(_tucker2, lambda o, i, h, w: (min(i, o * h * w), min(o, i * h * w)), ("als", "svd")),
@@ -239,7 +249,7 @@ def break_even_rank(form: str, shape: ConvShape, output_size: Size, input_size: 
     if form == "gauge" or len(largest) > 1:
         return None if len(largest) > 1 else float(largest[0])
     least = (FORMS[form].steps(shape, largest)[-1].groups,)
-    if form == "weight":
+    if FORMS[form].saves == "params":
         plain = replace(shape, bias=False)
         return least[0] * dense_params(plain) / form_params(form, plain, least)
     macs = form_macs(form, shape, least, output_size, input_size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SelectionError
-from ..factors import weight_of
+from ..factors import step_weight
 from ..fitting import gauge_factors
 from ..forms import BasisConv2d
 from ..gauge import regauge
@@ -94,7 +94,7 @@ def _converted(layer: BasisConv2d, form: str) -> BasisConv2d:
 
 def _factors(layer: BasisConv2d, wanted: LayerPlan) -> dict[str, Tensor]:
     """The numbers of the layer, by the names of the wanted form's steps."""
-    weights = {name: weight_of(module).detach() for name, module in layer.factors.items()}
+    weights = {name: step_weight(module).detach() for name, module in layer.factors.items()}
     if wanted.form == "cp":
         taps = weights["vertical"].double() * weights["horizontal"].double()
         rest = {f"{name}.weight": weights[name] for name in ("basis", "composition")}

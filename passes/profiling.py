@@ -259,11 +259,11 @@ def _scopes(name: str, layer: nn.Conv2d | BasisConv2d) -> list[str]:
     return [name, *(f"{name}.{step.name}" for step in steps)]
 
 
-def _others(model: nn.Module, counter: MacCounter, convs: set[str]) -> list[LayerProfile]:
-    """Layers with counted work that are no numbered convolution: linear layers, functional calls."""
+def _others(model: nn.Module, counter: MacCounter, scopes: set[str]) -> list[LayerProfile]:
+    """Layers with counted work outside of the given scopes: linear layers, functional calls."""
     found = []
     for scope, macs in counter.macs.items():
-        if scope in convs:
+        if scope in scopes:
             continue
         module = model.get_submodule(scope)
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))

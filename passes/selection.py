@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from ..errors import FxBasisWarning, LayerError, SelectionError
 from ..recipe import LayerPlan, Plan
-from ..structures import Ranks
+from ..structures import FORMS, Ranks
 from .ranking import cost_ratio, is_whole
 from .records import COMPRESSED, DEPTHWISE, NO_GAIN, UNSUPPORTED, ConvRecord, ConvTable
 from .settings import RANK_RULES, Settings, WeightOf, ranks_of, settings_of
@@ -173,7 +173,7 @@ def _decide(record: ConvRecord, choice: _Choice | None, weight_of: WeightOf | No
         return _refused(record, dense, choice)
     if choice.strength == _ALL and record.status == NO_GAIN and form == "output":
         return _with(dense, reason=f"{record.status} ({record.reason})")
-    if record.prepares and form not in ("output", "gauge"):
+    if record.prepares and not FORMS[form].whole_first:
         return _taken_apart(record, dense, choice)
     ranks = ranks_of(record, choice.settings, weight_of, exact=choice.strength == _EXACT)
     return _ranked(record, dense, choice.strength, choice.settings, ranks)
@@ -198,8 +198,7 @@ def _ranked(
     record: ConvRecord, dense: LayerPlan, strength: int, settings: Settings, ranks: Ranks
 ) -> LayerPlan:
     form = settings.form
-    cost = "params" if form == "weight" else "macs"
-    ratio, note = cost_ratio(record, ranks, form, cost), ""
+    ratio, note = cost_ratio(record, ranks, form, FORMS[form].saves), ""
     if ratio >= 1:
         note = _dear(record, ranks, form, ratio)
         if strength == _ALL:
@@ -216,7 +215,7 @@ def _dear(record: ConvRecord, ranks: Ranks, form: str, ratio: float) -> str:
     if form == "output":
         even = f"(break-even rank {record.shape.break_even_rank:.1f})"
         return f"rank {ranks[0]} costs {ratio:.2f} times its dense MACs {even}"
-    what = "parameters" if form == "weight" else "MACs"
+    what = "parameters" if FORMS[form].saves == "params" else "MACs"
     rank = ranks[0] if len(ranks) == 1 else ranks
     return f"the {form} form of rank {rank} costs {ratio:.2f} times its dense {what}"
 
