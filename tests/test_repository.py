@@ -67,7 +67,7 @@ LAYERS = {
     ],
     3: ["form_table", "proving", "compression", "saving", "diagnosis"],
     4: ["reporting"],
-    5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "cli", "__main__"],
+    5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "options", "verbs", "cli", "__main__"],
 }
 ORDER = [name for layer in LAYERS.values() for name in layer]
 
