@@ -58,7 +58,8 @@ def compress(
         energy: instead of ``size``, the smallest rank that keeps this part of the weight's squared norm.
         evbmf: instead of ``size``, the rank of analytic variational Bayes (Nakajima et al. 2013), which takes
             the weight for low rank plus noise. Trained weights are not: ranks come out low and uneven.
-        multiple: round ranks up to a multiple of it (16 is a step of ONNX Runtime with AVX-512).
+        multiple: round ranks to a multiple of it (16 is a step of ONNX Runtime with AVX-512): down under
+            ``macs_ratio`` and ``params_ratio``, otherwise up.
         form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"input"``, ``"spatial"``,
             ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
         method: how its numbers are found; by default the first of those that the form has: ``"svd"``,

@@ -67,13 +67,28 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--macs-ratio", type=float, help="instead of --size: part of each layer's MACs")
     parser.add_argument("--params-ratio", type=float, help="instead of --size: part of each layer's weights")
     parser.add_argument("--energy", type=float, help="instead of --size: part of the weight's squared norm")
-    parser.add_argument("--multiple", type=count, help="round ranks up to a multiple of this")
+    parser.add_argument(
+        "--evbmf", action="store_true", default=None, help="instead of --size: variational Bayes (low ranks)"
+    )
+    parser.add_argument(
+        "--multiple",
+        type=count,
+        help="round ranks to a multiple of this: down under a ratio of costs, otherwise up",
+    )
     parser.add_argument(
         "--form",
         help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
         "cp4 or tt; `fxbasis forms` compares their costs",
     )
-    parser.add_argument("--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, als")
+    parser.add_argument(
+        "--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als"
+    )
+    parser.add_argument(
+        "--fixed-basis",
+        action="store_true",
+        default=None,
+        help="no gradients for the first step, so that only the others learn",
+    )
     parser.add_argument(
         "--effective-weights",
         action="store_true",
@@ -88,16 +103,19 @@ def _compress(options: argparse.Namespace) -> Result:
     from .compression import compress
     from .files import check_folder
     from .models import parse_input
+    from .passes.settings import RANK_RULES
     from .reporting import report
 
     check_folder(Path(options.out))
-    names = ["layers", "size", "macs_ratio", "params_ratio", "energy", "multiple", "form", "method"]
-    names.append("effective_weights")
+    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "effective_weights")
     chosen = {key: getattr(options, key) for key in names}
     given = {key: value for key, value in chosen.items() if value is not None}
     if options.plan and given:
-        flags = ", ".join("--" + key.replace("_", "-") for key in given)
+        flags = ", ".join(map(_flag, given))
         raise UsageError(f"--plan decides instead of {flags}; give one of them")
+    rules = [_flag(name) for name in RANK_RULES if name in given]
+    if len(rules) > 1:
+        raise UsageError(f"{' and '.join(rules)} both say the rank; give one of them")
     if "size" in given:
         given["size"] = number(given["size"])
     example = parse_input(options.input)
@@ -115,6 +133,10 @@ def _compress(options: argparse.Namespace) -> Result:
         threads=options.threads,
     )
     return Result(f"{done.profile.table()}\n\n{done}\nwritten to {options.out}", done.to_dict())
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _zoo(spec: str) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "ranks_by_energy",
     "ranks_by_evbmf",
     "ranks_by_size",
+    "rounded_down",
     "rounded_up",
 ]
 
@@ -117,9 +118,14 @@ def ranks_by_evbmf(record: ConvRecord, form: str, cuts: Sequence[Unfolding]) -> 
 
 def rounded_up(record: ConvRecord, ranks: Ranks, multiple: int, form: str, method: str) -> Ranks:
     """The ranks up to the next multiple, where the largest useful ones allow that."""
-    largest, groups = FORMS[form].largest_ranks(record.shape, method), groups_of(record, form)
-    step = lcm(multiple, groups)
+    largest, step = FORMS[form].largest_ranks(record.shape, method), lcm(multiple, groups_of(record, form))
     return tuple(min(-(-rank // step) * step, most) for rank, most in zip(ranks, largest, strict=True))
+
+
+def rounded_down(record: ConvRecord, ranks: Ranks, multiple: int, form: str) -> Ranks:
+    """The ranks down to the last multiple; those below the first stay."""
+    step = lcm(multiple, groups_of(record, form))
+    return tuple(rank // step * step or rank for rank in ranks)
 
 
 def _last(holds: Callable[[int], bool], top: int) -> int:

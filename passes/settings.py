@@ -20,6 +20,7 @@ from .ranking import (
     ranks_by_energy,
     ranks_by_evbmf,
     ranks_by_size,
+    rounded_down,
     rounded_up,
 )
 from .records import ConvRecord
@@ -38,7 +39,7 @@ class Settings:
 
     Attributes:
         rule, value: the way to say the rank, one of ``RANK_RULES``, and what it says.
-        multiple: ranks are rounded up to a multiple of it.
+        multiple: ranks are rounded to a multiple of it: down where the rule bounds a cost, otherwise up.
         form, method, fixed_basis: see ``compress``.
     """
 
@@ -108,11 +109,12 @@ def ranks_of(record: ConvRecord, settings: Settings, weight_of: WeightOf | None,
     elif settings.rule in ("macs_ratio", "params_ratio"):
         cost = settings.rule.removesuffix("_ratio")
         ranks = ranks_by_cost(record, settings.value, cost, form, method)
+        return rounded_down(record, ranks, settings.multiple, form)
     elif settings.rule == "energy":
         ranks = ranks_by_energy(record, settings.value, form, _unfoldings(record, settings, weight_of))
     else:
         ranks = ranks_by_evbmf(record, form, _unfoldings(record, settings, weight_of))
-    return rounded_up(record, ranks, settings.multiple, form, method) if settings.multiple > 1 else ranks
+    return rounded_up(record, ranks, settings.multiple, form, method)
 
 
 def _unfoldings(record: ConvRecord, settings: Settings, weight_of: WeightOf | None) -> tuple[Unfolding, ...]:

@@ -614,5 +614,10 @@ def test_a_plan_and_a_selection_exclude_each_other(run: Run, net: str, done: Pat
     fails_with(run("compress", net, *SIZE, *options), 2, "--plan decides instead of --layers, --size")
 
 
+def test_two_ways_to_say_the_rank_are_refused(run: Run, net: str, tmp_path: Path) -> None:
+    options = ["--out", tmp_path / "o", "--size", "2", "--macs-ratio", "0.5"]
+    fails_with(run("compress", net, *SIZE, *options), 2, "--size and --macs-ratio both say the rank")
+
+
 def test_a_model_named_twice_is_refused(run: Run, net: str) -> None:
     fails_with(run("measure", net, net, *SIZE), 2, "is named more than once")

@@ -372,6 +372,16 @@ def test_ranks_are_rounded_up_to_a_multiple(multiple: int, expected: int) -> Non
     assert plan_of(small).layers[0].ranks == (expected,)
 
 
+def test_under_a_ratio_of_costs_a_multiple_rounds_down() -> None:
+    conv, example = nn.Conv2d(64, 64, 3, padding=1), torch.randn(1, 64, 8, 8)
+    for rule in ("macs_ratio", "params_ratio"):
+        plain = compress(conv, example, layers=1, **{rule: 0.5})
+        small = compress(conv, example, layers=1, multiple=16, **{rule: 0.5})
+        assert [plan_of(each).layers[0].ranks for each in (plain, small)] == [(28,), (16,)]
+    least = compress(conv, example, layers=1, macs_ratio=0.1, multiple=16)
+    assert plan_of(least).layers[0].ranks == (5,), "below the first multiple it stays"
+
+
 def test_rules_that_need_weights_or_matrices_say_so(net: Net) -> None:
     with pytest.raises(SelectionError, match=r"energy has no meaning for the cp form.*use size="):
         compress(net, net.example, layers=1, form="cp", energy=0.9)
