@@ -7,6 +7,7 @@ output. Tolerances: float64 1e-12, float32 1e-5, float16 5e-3, bfloat16 2e-2.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,13 +110,23 @@ def tolerance(value: Any) -> float:
     return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=1e-5)
 
 
-def check_equal(expected: Any, actual: Any, what: str, remedy: str) -> Difference:
+def check_equal(
+    expected: Any, actual: Any, what: str, remedy: str, size: Callable[[], float] | None = None
+) -> Difference:
     """The difference of two outputs, refused when it exceeds the tolerance of their dtype.
+
+    Args:
+        expected, actual: the outputs.
+        what, remedy: how the error begins and ends.
+        size: where the outputs differ by more, another magnitude to refer to if it is larger: that of what
+            was summed, when the sums cancel.
 
     Raises:
         VerificationError: naming ``what``, the figure, the tolerance, and ending with ``remedy``.
     """
     found, allowed = difference(expected, actual, what), tolerance(expected)
+    if size is not None and not found.relative <= allowed:
+        found = Difference(found.absolute, min(found.relative, found.absolute / size()))
     if not found.relative <= allowed:
         raise VerificationError(
             f"{what}: outputs differ by {found.relative:.2e} of their largest magnitude "

@@ -4,13 +4,16 @@ Whole outputs cannot be compared sharply: a random network behind BatchNorm mult
 hundreds, and a detector sorts its boxes another way. So the reference (the original with every rewritten
 convolution exchanged for the folded one) runs first; then the compressed model runs with each form's
 output compared on the spot with the folded convolution on the same input, and replaced by it. So each layer
-is proven at the tolerance of its dtype, free of what other layers add, and the outputs of the two models,
-which now see the same numbers everywhere, must be equal: that proves the wiring. A convolution whose weight
-comes from hooks, parametrizations or its class is also compared with the kernel that was taken from it.
+is proven free of what other layers add, and the outputs of the two models, which now see the same numbers
+everywhere, must be equal: that proves the wiring. The tolerance of a layer is that of its dtype, of its
+output's largest magnitude or, where that is small because terms cancel, of their root sum of squares. A
+convolution whose weight comes from hooks, parametrizations or its class is also compared with the kernel
+that was taken from it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -113,21 +116,33 @@ def _watch(
     training: bool,
 ) -> None:
     """Compare each output of the form with that of the folded convolution, and replace it."""
-    waiting: list[Tensor] = []
+    waiting: list[tuple[Tensor, Tensor]] = []
 
     def expect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input = args[0] if args else kwargs["input"]
         if check is not None:
             check(input)
         with torch.random.fork_rng(), in_mode(folded, training):  # the form draws the same numbers
-            waiting.append(folded.forward(input))
+            waiting.append((input, folded.forward(input)))
 
     def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        expected = waiting.pop()
+        input, expected = waiting.pop()
         what, remedy = f"{form.plan} against its fold", "leave it out of layers="
-        found.append(check_equal(expected, output, what, remedy))
+        found.append(check_equal(expected, output, what, remedy, lambda: _size_of_terms(folded, input)))
         return expected
 
     first, last = form.ends
     first.register_forward_pre_hook(expect, with_kwargs=True)
     last.register_forward_hook(compare, prepend=True)  # before the hooks that the layer has
+
+
+def _size_of_terms(conv: nn.Conv2d, input: Tensor) -> float:
+    """The largest root of a sum of squares over the terms of an output: its size under random signs.
+
+    Rounding follows the terms, not their sum, which may be much smaller by chance. In float64.
+    """
+    squares = copy.copy(conv)
+    parameters = {name: nn.Parameter(p.detach().double().square()) for name, p in conv.named_parameters()}
+    vars(squares)["_parameters"] = {"bias": None, **parameters}
+    with torch.no_grad():
+        return float(squares.forward(input.detach().double().square()).max().sqrt())

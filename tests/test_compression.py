@@ -155,3 +155,13 @@ def test_weights_that_are_not_finite_are_named_before_anything_changes(bad: floa
         model[1].weight[0, 0, 0, 0] = bad
     with pytest.raises(fxbasis.LayerError, match=r"conv 2 \(1\), weight \(16, 16, 3, 3\): 1 of its weights"):
         fxbasis.compress(model, torch.randn(1, 3, 8, 8))
+
+
+def test_a_layer_whose_terms_cancel_is_proven_by_their_size() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 1, 1, bias=False)
+    aligned = conv.weight.detach()
+    cancelling = aligned.flip(1) * torch.tensor([1.0, -0.9999])[:, None, None]
+    small = fxbasis.compress(conv, cancelling, layers=1, size=1.0, form="input")
+    assert difference(conv(cancelling), small(cancelling)).relative > 1e-5, "the terms are far larger"
+    assert difference(conv(aligned), small(aligned)).relative < 1e-6
