@@ -71,7 +71,7 @@ class BasisConv2d(nn.Module):
         basis = self.basis.weight.reshape(groups, -1, self.basis.weight[0].numel())
         composition = self.composition.weight.reshape(groups, -1, basis.shape[1])
         weight = (composition @ basis).reshape(-1, *self.basis.weight.shape[1:])
-        return weight.contiguous(memory_format=_layout(self.basis.weight))
+        return weight.clone(memory_format=_layout(self.basis.weight))  # contiguous() would not touch a 1x1
 
     @classmethod
     def empty_like(cls, conv: nn.Conv2d, plan: LayerPlan) -> BasisConv2d:

@@ -70,6 +70,14 @@ def test_channels_last_is_kept(key: str, form: str) -> None:
         assert output(model, example).stride() == output(case.net(), example).stride()
 
 
+@pytest.mark.parametrize("form", ["output", "gauge", "weight"])
+def test_channels_last_is_kept_where_padding_wraps_around_a_1x1(form: str) -> None:
+    conv = nn.Conv2d(4, 2, 1, padding=1, padding_mode="circular").to(memory_format=torch.channels_last)
+    example = torch.randn(1, 4, 9, 4).contiguous(memory_format=torch.channels_last)
+    small = compress(conv, example, layers=1, form=form, size=1)
+    assert output(small, example).stride() == output(conv, example).stride()
+
+
 @pytest.mark.parametrize(("form", "method"), METHODS)
 @pytest.mark.parametrize("key", ["plain", "groups", "groups-small-fan-in", "same-even-dilated", "1x5", "1x1"])
 def test_every_method_is_exact_at_full_rank(key: str, form: str, method: str) -> None:
