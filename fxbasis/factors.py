@@ -13,7 +13,7 @@ from .kernels import bare_conv, conv_like
 from .recipe import LayerPlan
 from .structures import FORMS, Step
 
-__all__ = ["GaugeComposition", "chained", "factors_like", "product", "step_weight"]
+__all__ = ["GaugeComposition", "chained", "factors_like", "folded", "product", "step_weight"]
 
 
 class GaugeComposition(nn.Module):
@@ -121,13 +121,19 @@ def step_weight(module: nn.Module) -> Tensor:
 
 
 def product(plan: LayerPlan, factors: Mapping[str, nn.Module]) -> Tensor:
-    """The folded weight (out_channels, in_channels / groups, K_h, K_w) in float64.
+    """The folded weight (out_channels, in_channels / groups, K_h, K_w) in float64."""
+    weights = {f"{name}.weight": step_weight(module).double() for name, module in factors.items()}
+    return folded(plan, weights)
+
+
+def folded(plan: LayerPlan, weights: Mapping[str, Tensor]) -> Tensor:
+    """The weight that the steps' weights, by name, make together; linear in each of them.
 
     Along each axis at most one step has a kernel, so the kernels of two steps multiply entry by entry.
     """
     groups, made = plan.steps[0].groups, None
     for step in plan.steps:
-        weight = step_weight(factors[step.name]).double()
+        weight = weights[f"{step.name}.weight"]
         block = weight.reshape(groups, -1, step.in_channels // step.groups, *step.kernel_size)
         if made is None:
             made = block
@@ -136,7 +142,7 @@ def product(plan: LayerPlan, factors: Mapping[str, nn.Module]) -> Tensor:
         else:
             made = torch.einsum("gorab,gricd->goiacbd", block, made).flatten(5, 6).flatten(3, 4)
     assert made is not None
-    return made.reshape(plan.out_channels, plan.in_channels // plan.groups, *plan.kernel_size)
+    return made.reshape(-1, plan.in_channels // plan.groups, *plan.kernel_size)
 
 
 def chained(plan: LayerPlan, factors: Mapping[str, nn.Module], patch: Tensor) -> Tensor:

@@ -1,0 +1,75 @@
+"""How far the outputs of two models are apart, without labels, and the Fisher metric of that distance.
+
+Of every floating tensor that a model returns: of a matrix (B, classes) the Kullback-Leibler divergence of its
+softmax; of any other half the squared difference over the mean square of the expected values. Their sum, in
+nats for each image, is the *change* that sensitivities, plans and reports speak of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .running import tensors_of
+
+__all__ = ["divergence", "probe"]
+
+
+def divergence(expected: Any, actual: Any) -> Tensor:
+    """The change of each image, (B,) float64.
+
+    >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+    tensor([0.], dtype=torch.float64)
+
+    Raises:
+        InputError: when the outputs are no batch of floating tensors.
+    """
+    pairs = zip(_leaves(expected), _leaves(actual), strict=True)
+    return sum(_change(a.detach().double(), b.detach().double()) for a, b in pairs)  # type: ignore[return-value]
+
+
+def _change(expected: Tensor, actual: Tensor) -> Tensor:
+    if _is_logits(expected):
+        log_p, log_q = expected.log_softmax(1), actual.log_softmax(1)
+        return (log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0.0)
+    scale = expected.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return 0.5 * (actual - expected).square().flatten(1).mean(1) / scale
+
+
+def probe(output: Any, generator: torch.Generator) -> Tensor:
+    """A scalar whose gradient, for each image, is a random vector with the Hessian of the change as covariance.
+
+    So the change caused by a small shift d of something inside is half the mean square of <gradient, d>.
+    Of logits with probabilities p the vector is the sum over k of eps_k sqrt(p_k) (e_k - p), eps = +-1, whose
+    covariance is diag(p) - p p^T.
+    """
+    return sum(_probe(leaf, generator) for leaf in _leaves(output))  # type: ignore[return-value]
+
+
+def _probe(leaf: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf.device, leaf.dtype) * 2 - 1
+    if _is_logits(leaf):
+        p = leaf.detach().softmax(1)
+        weights = signs * p.sqrt()
+        vector = weights - p * weights.sum(1, keepdim=True)
+    else:
+        scale = leaf.detach().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        vector = signs / (scale * leaf[0].numel()).sqrt()
+    return (vector * leaf).sum()
+
+
+def _is_logits(leaf: Tensor) -> bool:
+    return leaf.ndim == 2 and leaf.shape[1] > 1
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tensors_of(output) if leaf.is_floating_point() and leaf.ndim > 1]
+    if not leaves or len({len(leaf) for leaf in leaves}) > 1:
+        raise InputError(
+            f"the model returns {type(output).__name__}, no batch of floating tensors, so its change is not "
+            "defined; pass evaluate=, a function that scores a model"
+        )
+    return leaves
