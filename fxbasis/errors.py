@@ -27,7 +27,7 @@ class LayerError(FxBasisError):
 
 
 class PlanError(FxBasisError):
-    """A plan, or a saved folder, that is damaged or belongs to another model."""
+    """A plan that cannot be met, or, like a saved folder, is damaged or belongs to another model."""
 
 
 class VerificationError(FxBasisError):

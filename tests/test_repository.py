@@ -37,6 +37,10 @@ LAYERS = {
         "evbmf",
         "tensor_bases",
         "cp",
+        "candidates",
+        "fronts",
+        "programs",
+        "solvers",
     ],
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
     2: [
