@@ -4,7 +4,8 @@ The way of a model:
 
     trace -> number_convs -> compress -> (train) -> fold -> profile -> export_onnx -> measure -> report
 
-``compress`` does the first two by itself. Every verb copies; none touches the model it is given.
+``compress`` does the first two by itself. Every verb copies; none touches the model it is given, but for
+``recalibrate_batchnorm_``, whose name ends in an underscore for that.
 """
 
 from .compression import compress, plan_of
@@ -28,6 +29,7 @@ from .passes.folding import fold
 from .passes.numbering import ConvRecord, ConvTable, number_convs
 from .passes.profiling import LayerProfile, Profile, profile
 from .passes.tracing import Part, parts_of, trace
+from .recalibration import recalibrate_batchnorm_
 from .recipe import LayerPlan, Plan
 from .reporting import Report, report
 from .saving import load, save
@@ -67,6 +69,7 @@ __all__ = [
     "parts_of",
     "plan_of",
     "profile",
+    "recalibrate_batchnorm_",
     "report",
     "save",
     "trace",

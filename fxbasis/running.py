@@ -117,18 +117,27 @@ def run(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = Fal
     Raises:
         InputError: when the model fails on the inputs; the model's own message is kept.
     """
-    args, kwargs = as_arguments(map_tensors(torch.clone, example_inputs))  # the model may change its input
     with torch.no_grad(), seeded(), in_mode(model, training):
-        try:
-            return model(*args, **kwargs)
-        except FxBasisError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the model failed on the example inputs ({describe(example_inputs)}): "
-                f"{type(error).__name__}: {error}; "
-                "pass inputs of the shape, dtype and device that the model takes"
-            ) from error
+        return call(model, example_inputs)
+
+
+def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """The model's answer to a copy of the inputs, which it may change; its failure as an InputError.
+
+    Raises:
+        InputError: when the model fails on the inputs; the model's own message is kept.
+    """
+    args, kwargs = as_arguments(map_tensors(torch.clone, example_inputs))
+    try:
+        return model(*args, **kwargs)
+    except FxBasisError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model failed on the example inputs ({describe(example_inputs)}): "
+            f"{type(error).__name__}: {error}; "
+            "pass inputs of the shape, dtype and device that the model takes"
+        ) from error
 
 
 def with_batch(example_inputs: ExampleInputs, batch: int) -> ExampleInputs:

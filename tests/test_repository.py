@@ -27,6 +27,8 @@ LAYERS = {
         "paper",
         "contexts",
         "running",
+        "calibration_data",
+        "recalibration",
         "snapshots",
         "comparing",
         "structures",
@@ -128,6 +130,7 @@ def test_public_names_are_those_of_all_and_documented() -> None:
 
 
 VERBS = ["trace", "number_convs", "compress", "fold", "profile", "save", "load", "export_onnx", "measure"]
+VERBS += ["recalibrate_batchnorm_"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
