@@ -1,114 +1,158 @@
 """Fits of a form to data: the weights of its steps that change a layer's outputs least.
 
 The error of a weight V in place of W is tr[G (W - V) M (W - V)^T], with M the second moment of the patches
-and G a metric of the outputs (the identity, or the Fisher metric). The weight that the steps make is linear in
-each of them. So from the fit to the weight alone the steps are renewed in turn, each by conjugate gradients on
-its own least squares, and the composition, whose normal equations are small, exactly at the end.
+and G a metric of the outputs (``statistics``). For the forms with a whole kernel first it has a closed
+solution, whatever the patches: with T = G^1/2 and P the projector on the leading eigenvectors of
+T W M W^T T, V = T^-1 P T W (output PCA; method of Zhang et al. 2016 in the Fisher metric).
+
+For the others the folded weight is linear in each step. So from a fit to the weight alone the steps are
+renewed in turn, each by conjugate gradients on its own least squares; the composition, whose normal equations
+are small, exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .cp import cp, default_sweeps
 from .factors import folded
+from .fitting import fit, gauge_factors, named
+from .gauge import regauge
 from .least_squares import ridge_solve
 from .recipe import LayerPlan
 
-__all__ = ["error_of", "features", "refit", "renewed"]
+__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed"]
 
-WORK = 40e9  # multiply-adds that the rounds of one layer may take
+WORK = 60e9
+"""Multiply-adds that renewing one layer may take."""
+ROUNDS, STEPS, SWEEPS = 6, 6, 15
+DAMPING = 1e-3
+Weights = dict[str, Tensor]
+
+
+def fit_to_data(
+    weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor, *, thorough: bool = True
+) -> Weights:
+    """The weights of the steps by name, in float64.
+
+    Args:
+        weight: (C, c / g, K_h, K_w), real and finite.
+        plan: form and ranks.
+        moment: (g, q, q), second moment of the patches, or their covariance where a constant is free.
+        metric: (C, C), of the outputs.
+        thorough: begin from the best fit to the weight, not from a short one.
+    """
+    weight = weight.detach().to("cpu", torch.float64)
+    metric = metric + DAMPING * metric.diagonal().mean().clamp(min=1e-30) * torch.eye(len(metric)).double()
+    if plan.form in ("output", "gauge"):
+        return _projected(weight, plan, moment, metric)
+    start = fit(weight, plan) if thorough else _start(weight, plan)
+    return renewed(weight, plan, start, moment, metric)
+
+
+def _start(weight: Tensor, plan: LayerPlan) -> Weights:
+    """A fit to the weight, of cp a short one: what follows goes on in another metric."""
+    if plan.form not in ("cp", "cp4"):
+        return fit(weight, plan)
+    blocks = weight.reshape(plan.groups, -1, *weight.shape[1:])
+    rank, factors = plan.rank // plan.groups, 3 if plan.form == "cp" else 4
+    sweeps = min(SWEEPS, default_sweeps(blocks.shape[1:], rank))
+    return named(cp(blocks, rank, factors, sweeps=sweeps), plan)
+
+
+def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) -> Weights:
+    """Output PCA in the metric, group by group."""
+    groups, rank = plan.groups, plan.rank // plan.groups
+    rows = weight.reshape(groups, -1, moment.shape[1])
+    size = rows.shape[1]
+    blocks = torch.stack([metric[k * size : (k + 1) * size, k * size : (k + 1) * size] for k in range(groups)])
+    values, vectors = torch.linalg.eigh(blocks)
+    roots = values.clamp(min=1e-6 * float(values.max())).sqrt()
+    root, back = (vectors * roots[:, None] @ vectors.mT, vectors / roots[:, None] @ vectors.mT)
+    leading = torch.linalg.eigh(root @ rows @ moment @ rows.mT @ root)[1].flip(2)[:, :, :rank]
+    composition, basis = back @ leading, leading.mT @ root @ rows
+    if plan.form == "gauge":
+        return gauge_factors(regauge(composition, basis))
+    shape = (-1, *weight.shape[1:])
+    return {"basis.weight": basis.reshape(shape), "composition.weight": composition.reshape(-1, rank, 1, 1)}
 
 
 def features(plan: LayerPlan, weights: Mapping[str, Tensor]) -> Tensor:
-    """(g, n, q): what each weight of one filter of the composition multiplies with, in terms of the patch."""
+    """(g, n, q): what each weight of a filter of the composition multiplies, in terms of the patch."""
     last = plan.steps[-1]
     inner, taps = last.in_channels // last.groups, last.kernel_size[0] * last.kernel_size[1]
     unit = torch.eye(inner * taps, dtype=torch.float64)
     stacked = unit.reshape(-1, inner, *last.kernel_size).repeat(last.groups, 1, 1, 1)
-    made = folded(plan, {**weights, f"{last.name}.weight": stacked})
+    made = folded(plan, {**weights, "composition.weight": stacked})
     return made.reshape(last.groups, inner * taps, -1)
 
 
-def refit(weight: Tensor, plan: LayerPlan, weights: Mapping[str, Tensor], moment: Tensor) -> dict[str, Tensor]:
-    """The same steps with the composition that is best for the patches.
-
-    Args:
-        weight: (C, c / g, K_h, K_w) float64, the target.
-        weights: of the steps by name, float64.
-        moment: (g, q, q).
-    """
+def refit(weight: Tensor, plan: LayerPlan, weights: Mapping[str, Tensor], moment: Tensor) -> Weights:
+    """The same steps with the composition that is best for the patches, in any metric of the outputs."""
     basis = features(plan, weights)
     target = weight.reshape(plan.groups, -1, basis.shape[2])
-    gram = basis @ moment @ basis.mT
-    solved = ridge_solve(gram, target @ moment @ basis.mT)
+    image = moment @ basis.mT
+    solved = ridge_solve(basis @ image, target @ image)
     return {**weights, "composition.weight": solved.reshape(weights["composition.weight"].shape)}
 
 
 def error_of(weight: Tensor, other: Tensor, moment: Tensor, metric: Tensor | None = None) -> float:
-    """tr[G (W - V) M (W - V)^T] over tr[G W M W^T]."""
-    groups = len(moment)
-    return float(_energy(weight - other, moment, metric, groups) / _energy(weight, moment, metric, groups))
+    """tr[G (W - V) M (W - V)^T] over tr[G W M W^T]; G is the identity by default."""
+    image = _image_in(moment, metric)
+    whole = float((image(weight) * weight).sum())
+    return float((image(weight - other) * (weight - other)).sum()) / whole if whole > 0 else 0.0
 
 
-def _energy(gap: Tensor, moment: Tensor, metric: Tensor | None, groups: int) -> Tensor:
-    rows = gap.reshape(groups, -1, moment.shape[1])
-    image = (rows @ moment).flatten(0, 1)
-    if metric is not None:
-        image = metric @ image
-    return (image * rows.flatten(0, 1)).sum()
+def _image_in(moment: Tensor, metric: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """W to G W M."""
+
+    def image(weight: Tensor) -> Tensor:
+        rows = (weight.reshape(len(moment), -1, moment.shape[1]) @ moment).flatten(0, 1)
+        return (rows if metric is None else metric @ rows).reshape(weight.shape)
+
+    return image
 
 
 def renewed(
-    weight: Tensor,
-    plan: LayerPlan,
-    weights: Mapping[str, Tensor],
-    moment: Tensor,
-    metric: Tensor | None = None,
-    rounds: int = 8,
-    steps: int = 8,
-) -> dict[str, Tensor]:
-    """The steps after some rounds of renewing each of them in turn, the composition exactly."""
-    groups, found = plan.groups, refit(weight, plan, weights, moment)
-
-    def image(gap: Tensor) -> Tensor:
-        rows = gap.reshape(groups, -1, moment.shape[1]) @ moment
-        rows = rows if metric is None else metric @ rows.flatten(0, 1)
-        return rows.reshape(weight.shape)
-
-    for _ in range(rounds):
+    weight: Tensor, plan: LayerPlan, weights: Mapping[str, Tensor], moment: Tensor, metric: Tensor
+) -> Weights:
+    """The steps after some rounds of renewing each of them in turn; as many rounds as ``WORK`` buys."""
+    image, found = _image_in(moment, metric), refit(weight, plan, weights, moment)
+    one = weight.numel() * moment.shape[1] * STEPS * (len(plan.steps) - 1)
+    for _ in range(min(ROUNDS, int(WORK // one))):
         for step in plan.steps[:-1]:
             name = f"{step.name}.weight"
-            rest = {key: value for key, value in found.items() if key != name}
-            made = lambda value, name=name, rest=rest: folded(plan, {**rest, name: value})
-            found[name] = _descend(made, found[name], weight, image, steps)
+            found[name] = _descend(_with(plan, found, name), found[name], weight, image)
         found = refit(weight, plan, found, moment)
     return found
 
 
+def _with(plan: LayerPlan, weights: Weights, name: str) -> Callable[[Tensor], Tensor]:
+    """The folded weight as a linear function of one step."""
+    rest = dict(weights)
+    return lambda value: folded(plan, {**rest, name: value})
+
+
 def _descend(
-    made: Callable[[Tensor], Tensor],
-    start: Tensor,
-    weight: Tensor,
-    image: Callable[[Tensor], Tensor],
-    steps: int,
+    made: Callable[[Tensor], Tensor], start: Tensor, weight: Tensor, image: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Conjugate gradients on the least squares of one step, from where it stands."""
-    value = start.clone()
-    _, pull = torch.func.vjp(made, value)
-    residual = pull(image(weight - made(value)))[0]
+    value, (reached, pull) = start, torch.func.vjp(made, start)
+    residual = pull(image(weight - reached))[0]
     direction, size = residual, residual.square().sum()
-    first = size
-    for _ in range(steps):
-        if not float(size) > 1e-12 * float(first):
-            break
+    enough = 1e-12 * float(size)
+    for _ in range(STEPS):
         ahead = made(direction)
         curved = image(ahead)
-        length = size / (curved * ahead).sum().clamp(min=torch.finfo(torch.float64).tiny)
-        value = value + length * direction
-        residual = residual - length * pull(curved)[0]
+        bend = float((curved * ahead).sum())
+        if not (float(size) > enough and bend > 0):
+            break
+        value = value + size / bend * direction
+        residual = residual - size / bend * pull(curved)[0]
         size, old = residual.square().sum(), size
-        direction = residual + (size / old) * direction
+        direction = residual + size / old * direction
     return value

@@ -20,7 +20,7 @@ from .recipe import LayerPlan
 from .structures import Ranks
 from .tensor_bases import tt, tucker2
 
-__all__ = ["Unfolding", "fit", "gauge_factors", "unfoldings"]
+__all__ = ["Unfolding", "fit", "gauge_factors", "named", "unfoldings"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def fit(weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
     blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
     ranks = tuple(rank // groups for rank in plan.ranks)
     if plan.form in _TENSOR_FORMS:
-        return _named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
+        return named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
     return _matrix_fit(blocks, plan, ranks[0])
 
 
@@ -95,7 +95,7 @@ def _tt(blocks: Tensor, ranks: Ranks, method: str) -> tuple[Tensor, ...]:
 _TENSOR_FORMS = {"tucker2": _tucker2, "cp": _cp, "cp4": _cp4, "tt": _tt}
 
 
-def _named(factors: tuple[Tensor, ...], plan: LayerPlan) -> dict[str, Tensor]:
+def named(factors: tuple[Tensor, ...], plan: LayerPlan) -> dict[str, Tensor]:
     """The blocks (g, out, in, k_h, k_w) by the names of the steps; ranks that carry nothing are zeros."""
     groups, found = plan.groups, {}
     for step, factor in zip(plan.steps, factors, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .running import ExampleInputs, as_arguments, in_mode, seeded
+from .running import ExampleInputs, as_arguments, in_mode, map_tensors, seeded
 
 __all__ = ["lockstep"]
 
@@ -37,7 +37,7 @@ class _Runner:
 
     def _work(self, model: nn.Module, inputs: ExampleInputs) -> None:
         self._go.acquire()
-        args, kwargs = as_arguments(inputs)
+        args, kwargs = as_arguments(map_tensors(torch.clone, inputs))  # the model may change them
         try:
             with torch.no_grad():
                 if not self.stopped:

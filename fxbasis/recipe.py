@@ -7,8 +7,8 @@ rebuilds the structure of a compressed model, and refuses a model that it was no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +87,17 @@ class LayerPlan:
 class Plan:
     """The decision for every convolution of one model, in the order of their numbers.
 
+    Attributes:
+        layers: one for each convolution.
+        forecast: what a planner expected of it, plain JSON values; empty where none made it.
+
     >>> plan = Plan((LayerPlan(number=1, name="conv", in_channels=3, out_channels=8, kernel_size=(3, 3)),))
     >>> Plan.from_dict(plan.to_dict()) == plan
     True
     """
 
     layers: tuple[LayerPlan, ...]
+    forecast: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -107,7 +112,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain JSON values."""
-        return {"format": FORMAT, "layers": [asdict(layer) for layer in self.layers]}
+        told = {"forecast": dict(self.forecast)} if self.forecast else {}
+        return {"format": FORMAT, **told, "layers": [asdict(layer) for layer in self.layers]}
 
     def to_json(self, path: str | Path) -> None:
         """Write the plan to a file, whole or not at all."""
@@ -127,7 +133,9 @@ class Plan:
                 f"{source} has format {data.get('format')!r}, this version reads {FORMAT}; "
                 "make the plan again"
             )
-        return cls(tuple(_layer(entry, position, source) for position, entry in enumerate(data["layers"])))
+        layers = tuple(_layer(entry, position, source) for position, entry in enumerate(data["layers"]))
+        forecast = data.get("forecast", {})
+        return cls(layers, forecast if isinstance(forecast, dict) else {})
 
     @classmethod
     def from_json(cls, path: str | Path) -> Plan:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .divergence import probe
-from .running import ExampleInputs, as_arguments, in_mode, seeded
+from .running import ExampleInputs, as_arguments, batch_size, in_mode, map_tensors, seeded
 from .windows import all_patches, sampled_patches
 
 __all__ = ["LayerStatistics", "collect", "inner_products", "observed"]
@@ -77,37 +77,50 @@ def observed(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[T
 
 
 def _gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: ExampleInputs, seed: int
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: ExampleInputs, seed: int, *, needed: bool = True
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each call of a layer in one batch: its name, its input, and the gradient at its output."""
+    """Each call of a layer in one batch: its name, its input, and the gradient at its output.
+
+    Zeros in place of the gradient where none is needed.
+    """
     generator = torch.Generator().manual_seed(seed)
-    args, kwargs = as_arguments(inputs)
+    args, kwargs = as_arguments(map_tensors(torch.clone, inputs))
     with observed(layers) as calls, torch.enable_grad(), in_mode(model, False), seeded():
-        scalar = probe(model(*args, **kwargs), generator)
+        output = model(*args, **kwargs)
+        scalar = probe(output, generator) if needed else None
     flat = [(name, *call) for name, found in calls.items() for call in found]
-    gradients = torch.autograd.grad(scalar, [zero for _, _, zero in flat], allow_unused=True)
+    gradients: Sequence[Tensor | None] = [None] * len(flat)
+    if scalar is not None and flat:
+        gradients = torch.autograd.grad(scalar, [zero for _, _, zero in flat], allow_unused=True)
     for (name, input, zero), gradient in zip(flat, gradients, strict=True):
         yield name, input, torch.zeros_like(zero) if gradient is None else gradient
 
 
 def collect(
-    model: nn.Module, layers: Mapping[str, nn.Conv2d], batches: Sequence[ExampleInputs]
+    model: nn.Module,
+    layers: Mapping[str, nn.Conv2d],
+    batches: Sequence[ExampleInputs],
+    *,
+    gradients: bool = True,
 ) -> dict[str, LayerStatistics]:
     """The statistics of each layer over all batches.
 
     Args:
         model: a copy to run; ``layers`` are its convolutions by name.
-        batches: inputs; every batch is run once, with gradients.
+        batches: inputs; every batch is run once.
+        gradients: otherwise the metric is the identity.
     """
     found = {name: _empty(layer) for name, layer in layers.items()}
     images = 0
     for seed, inputs in enumerate(batches):
         generator = torch.Generator().manual_seed(seed)
-        for name, input, gradient in _gradients(model, layers, inputs, seed):
+        for name, input, gradient in _gradients(model, layers, inputs, seed, needed=gradients):
             _add(found[name], layers[name], input, gradient, generator)
-        images += len(gradient)
-    for name, statistics in found.items():
+        images += batch_size(inputs)
+    for statistics in found.values():
         _finish(statistics, images)
+        if not gradients:
+            statistics.metric = torch.eye(len(statistics.metric), dtype=torch.float64)
     return found
 
 
@@ -152,6 +165,7 @@ def inner_products(
     layers: Mapping[str, nn.Conv2d],
     shifts: Mapping[str, Tensor],
     batches: Sequence[ExampleInputs],
+    means: Mapping[str, Tensor | None],
 ) -> dict[str, Tensor]:
     """For each image, layer and shift of its weight, the inner product with the gradient of the weight.
 
@@ -161,6 +175,7 @@ def inner_products(
     Args:
         model, layers, batches: as of ``collect``.
         shifts: by name, (n, out_channels, in_channels / groups, K_h, K_w).
+        means: by name, the mean patch (g, q) that is taken off first, or None.
 
     Returns:
         By name, (images, n) float64.
@@ -171,13 +186,16 @@ def inner_products(
         sums: dict[str, Tensor] = {}
         chosen = {name: layers[name] for name in shifts}
         for name, input, gradient in _gradients(model, chosen, inputs, seed):
-            sums[name] = sums.get(name, 0.0) + _against(layers[name], input, gradient, flat[name])
+            found_here = _against(layers[name], input, gradient, flat[name], means[name])
+            sums[name] = sums.get(name, 0.0) + found_here
         for name, values in sums.items():
             found[name].append(values.double())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _against(layer: nn.Conv2d, input: Tensor, gradient: Tensor, shifts: Tensor) -> Tensor:
+def _against(
+    layer: nn.Conv2d, input: Tensor, gradient: Tensor, shifts: Tensor, mean: Tensor | None
+) -> Tensor:
     """(B, n): the gradient of the weight of each image against each shift."""
     images = gradient.reshape(-1, *gradient.shape[-3:])
     inputs = input.reshape(-1, *input.shape[-3:])
@@ -186,6 +204,9 @@ def _against(layer: nn.Conv2d, input: Tensor, gradient: Tensor, shifts: Tensor) 
     for part, grad in zip(*(t.split(max(1, CHUNK // patch)) for t in (inputs, images)), strict=True):
         patches = all_patches(layer, part)  # (b, g, q, S)
         mine = grad.reshape(len(grad), layer.groups, -1, patches.shape[3])
-        weights = (mine @ patches.mT).flatten(1)  # (b, C q)
+        weights = mine @ patches.mT  # (b, g, C / g, q)
+        if mean is not None:
+            weights = weights - mine.sum(3, keepdim=True) * mean[:, None].to(weights)
+        weights = weights.flatten(1)
         found.append(weights.to("cpu", torch.float32) @ shifts.mT)
     return torch.cat(found)

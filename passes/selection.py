@@ -22,7 +22,7 @@ from .ranking import cost_ratio, is_whole
 from .records import COMPRESSED, DEPTHWISE, NO_GAIN, UNSUPPORTED, ConvRecord, ConvTable
 from .settings import RANK_RULES, Settings, WeightOf, ranks_of, settings_of
 
-__all__ = ["Selector", "select"]
+__all__ = ["Layers", "Selector", "matches", "select"]
 
 Selector: TypeAlias = str | int | Callable[[ConvRecord], bool]
 Layers: TypeAlias = Selector | Iterable[Selector] | Mapping[Any, Mapping[str, Any] | None]
@@ -79,14 +79,14 @@ def select(
         return Plan(())
     choices: dict[int, _Choice] = {}
     for selector, found in rules:
-        for index, strength in _matches(selector, table).items():
+        for index, strength in matches(selector, table).items():
             before = choices.get(index)
             if before is None or before.strength < _EXACT or strength == _EXACT:
                 choices[index] = _Choice(found, strength)
     return Plan(tuple(_decide(record, choices.get(record.index), weight_of) for record in table))
 
 
-def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
+def matches(selector: Any, table: ConvTable) -> dict[int, int]:
     """The numbers that a selector names, each with the strength of its naming."""
     if callable(selector):
         found = dict.fromkeys((r.index for r in table if selector(r)), _PATTERN)
@@ -96,7 +96,7 @@ def _matches(selector: Any, table: ConvTable) -> dict[int, int]:
     if isinstance(selector, str):
         return _matches_text(selector, table)
     if isinstance(selector, Iterable):
-        parts = [_matches(part, table) for part in selector]
+        parts = [matches(part, table) for part in selector]
         found = {i: max(p[i] for p in parts if i in p) for part in parts for i in part}
         return _some(found, selector, "the selection is empty")
     raise SelectionError(f"layers={selector!r} is no selector; pass a number, a name, 're:PATTERN' or 'all'")
@@ -152,7 +152,7 @@ def _some(found: dict[int, int], selector: Any, why: str) -> dict[int, int]:
 
 
 def _close(name: str, table: ConvTable) -> str:
-    close = difflib.get_close_matches(name, [record.name for record in table], n=3, cutoff=0.4)
+    close = difflib.get_closematches(name, [record.name for record in table], n=3, cutoff=0.4)
     return f"; close matches: {', '.join(close)}" if close else "; see number_convs(model) for the names"
 
 

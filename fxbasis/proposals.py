@@ -1,0 +1,104 @@
+"""What could stand in the place of each convolution: forms and ranks, their costs, their fits to data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .costs import dense_macs
+from .datafit import fit_to_data
+from .factors import GaugeComposition, folded
+from .fitting import fit
+from .passes.ranking import ranks_by_cost, rounded_down
+from .passes.records import NO_GAIN, OK, ConvRecord
+from .recipe import LayerPlan
+from .statistics import LayerStatistics
+from .structures import FORMS, form_macs, form_params
+
+__all__ = ["PROPOSED", "Proposal", "excluded", "proposals_of", "shift_of", "step_weights"]
+
+PROPOSED = ("cp", "spatial", "gauge")
+RATIOS = (0.1, 0.15, 0.22, 0.3, 0.4, 0.52, 0.67, 0.85)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One form and rank for one layer; its costs are those of all calls, for the example inputs' batch."""
+
+    layer: LayerPlan
+    macs: int
+    params: int
+
+
+def excluded(record: ConvRecord) -> str:
+    """Why nothing is proposed for a convolution; empty where something is."""
+    if record.status not in (OK, NO_GAIN) or record.groups == record.out_channels > 1:
+        return record.reason or record.status
+    if record.prepares or record.effective:
+        return "its class does more than a Conv2d: no fit to data is known"
+    if record.macs is None or not record.calls:
+        return "never called"
+    return ""
+
+
+def proposals_of(
+    record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: int = 1
+) -> list[Proposal]:
+    """Every form at ranks from a tenth of the layer's MACs up, cheaper than dense, each once."""
+    found: dict[tuple[str, tuple[int, ...]], Proposal] = {}
+    point = record.kernel_size == (1, 1)
+    for form in dict.fromkeys("gauge" if point and form in ("cp", "cp4", "spatial") else form for form in forms):
+        for ratio in RATIOS:
+            ranks = ranks_by_cost(record, ratio, "macs", form)
+            ranks = rounded_down(record, ranks, multiple, form)
+            made = _proposal(record, form, ranks)
+            if made.macs < (record.macs or 0):
+                found.setdefault((form, ranks), made)
+    return list(found.values())
+
+
+def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal:
+    layer = LayerPlan(
+        number=record.index,
+        name=record.name,
+        in_channels=record.in_channels,
+        out_channels=record.out_channels,
+        kernel_size=record.kernel_size,
+        groups=record.groups,
+        form=form,
+        method=FORMS[form].methods[0],
+        ranks=ranks,
+    )
+    assert record.output_size is not None and record.input_size is not None and record.macs is not None
+    calls = record.macs // dense_macs(record.shape, record.output_size)
+    macs = calls * form_macs(form, record.shape, ranks, record.output_size, record.input_size)
+    return Proposal(layer, macs, form_params(form, record.shape, ranks))
+
+
+def step_weights(
+    proposal: Proposal, weight: Tensor, statistics: LayerStatistics | None, *, with_mean: bool
+) -> dict[str, Tensor]:
+    """The steps' weights, fitted to the data where there are statistics, otherwise to the weight alone."""
+    if statistics is None:
+        return fit(weight, proposal.layer)
+    moment = statistics.covariance if with_mean else statistics.moment
+    return fit_to_data(weight, proposal.layer, moment, statistics.metric, thorough=False)
+
+
+def shift_of(proposal: Proposal, weight: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Folded minus dense weight, float64."""
+    layer = proposal.layer
+    if layer.form == "gauge":
+        weights = {**weights, "composition.weight": _dense_gauge(layer, weights)}
+    return folded(layer, weights) - weight.detach().double()
+
+
+def _dense_gauge(layer: LayerPlan, weights: Mapping[str, Tensor]) -> Tensor:
+    composition = GaugeComposition(layer.steps[-1], torch.empty(0, dtype=torch.float64), bias=False)
+    with torch.no_grad():
+        composition.weight.copy_(weights["composition.weight"].reshape(composition.weight.shape))
+        composition.order.copy_(weights["composition.order"])
+    return composition.dense_weight().detach()

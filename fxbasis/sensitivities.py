@@ -1,0 +1,262 @@
+"""How much a model changes when one layer alone is compressed: for each layer, form and rank.
+
+Estimators, in nats for each image (``divergence``) unless said otherwise:
+
+    fisher    half the mean square, over the images, of the inner product of the weight's shift with the
+              gradient of the weight: the exact second order of the change. One forward and one backward pass
+              for all layers, forms and ranks. The default.
+    kfac      the same with positions and inputs taken as independent: half the positions times tr[G D M D^T]
+    output    relative squared error of the layer's outputs, tr[D M D^T] / tr[W M W^T]
+    weight    relative squared error of the weight; the only one without calibration data
+    measured  the change itself: one model built and run for each layer, form and rank
+    evaluate  the fall of a score, ``evaluate(model) -> float``, higher is better, in its unit. A function that
+              trains the model that it gets before it scores it gives the sensitivities of arXiv 2408.06024.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from torch import nn
+
+from .candidates import Candidate
+from .errors import InputError, SelectionError
+from .estimating import Estimate, Fitted, by_fisher, by_running, by_statistics
+from .files import write_whole
+from .passes.selection import Layers, matches
+from .progress import progress
+from .proposals import PROPOSED, Proposal, excluded, proposals_of, step_weights
+from .recipe import LayerPlan
+from .running import ExampleInputs, batch_size
+from .structures import FORMS
+from .subjects import IMAGES, Subject, first_images, subject_of
+from .tables import aligned
+
+__all__ = ["ESTIMATORS", "Sensitivities", "Sensitivity", "estimated", "estimator_for", "fitted_all", "proposed", "sensitivities"]
+
+ESTIMATORS = ("fisher", "kfac", "output", "weight", "measured", "evaluate")
+_UNITS = {"output": "of the output's squares", "weight": "of the weight's squares", "evaluate": "of the score"}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What compressing one layer does.
+
+    Attributes:
+        layer: number, name, form and ranks.
+        macs, params: of the layer then, for the example inputs' batch. macs_ratio: over the dense layer's.
+        change: the estimate. error: its standard error over the images, 0 where it has none.
+    """
+
+    layer: LayerPlan
+    macs: int
+    params: int
+    macs_ratio: float
+    change: float
+    error: float
+
+    def candidate(self) -> Candidate:
+        """For the planner."""
+        costs = {"macs": float(self.macs), "params": float(self.params)}
+        return Candidate(self.layer.number, self.layer.form, self.layer.ranks, costs, self.change, self.error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        layer = self.layer
+        named = {"number": layer.number, "name": layer.name, "form": layer.form, "ranks": list(layer.ranks)}
+        own = {key: value for key, value in vars(self).items() if key != "layer"}
+        return {**named, **own}
+
+
+@dataclass(frozen=True)
+class Sensitivities(Sequence[Sensitivity]):
+    """One table over layers, forms and ranks. Prints as a table.
+
+    Attributes:
+        rows: in the order of the layers.
+        estimator: which. unit: of the changes. images: that they were taken over.
+        left_out: by the name of a layer, why it has no rows.
+        missing: rows that were not computed for want of time.
+    """
+
+    rows: tuple[Sensitivity, ...]
+    estimator: str
+    unit: str
+    images: int
+    left_out: Mapping[str, str]
+    missing: int = 0
+
+    @overload
+    def __getitem__(self, index: int) -> Sensitivity: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sensitivity]: ...
+    def __getitem__(self, index: int | slice) -> Sensitivity | Sequence[Sensitivity]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Sensitivity]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+        headers = ("#", "name", "form", "ranks", "MACs", "change", "+-")
+        table = aligned([_text(row) for row in self], headers, left=("name", "form"))
+        lines = [table, f"change: {self.estimator}, {self.unit}, over {self.images} images"]
+        lines += [f"- {name}: {why}" for name, why in self.left_out.items()]
+        if self.missing:
+            lines.append(f"{self.missing} were not computed for want of time")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        own = {key: value for key, value in vars(self).items() if key != "rows"}
+        return {**own, "left_out": dict(self.left_out), "rows": [row.to_dict() for row in self]}
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows as CSV with a header line, whole or not at all."""
+        text, rows = io.StringIO(), [row.to_dict() for row in self]
+        names = list(rows[0]) if rows else ["number"]
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(Path(path), text.getvalue().encode())
+
+
+def _text(row: Sensitivity) -> list[str]:
+    ranks = ", ".join(map(str, row.layer.ranks))
+    named = [str(row.layer.number), row.layer.name, row.layer.form, ranks]
+    return [*named, f"{row.macs_ratio:.3f}", f"{row.change:.3g}", f"{row.error:.1g}"]
+
+
+def sensitivities(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    calibration: Iterable[Any] | None = None,
+    layers: Layers = "all",
+    forms: Sequence[str] = PROPOSED,
+    estimator: str | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    multiple: int = 1,
+    path: str | Path | None = None,
+    executor: Executor | None = None,
+    minutes: float | None = None,
+) -> Sensitivities:
+    """The change of the model when one layer alone is compressed, over layers, forms and ranks.
+
+    Every form is fitted to the calibration data as ``compress`` fits it, so the changes are those of the
+    fits that a plan will use; without data, to the weights.
+
+    Args:
+        model: any; not touched.
+        example_inputs: one batch, by which costs are counted.
+        calibration: batches of inputs, without labels (what follows the input in a batch is ignored).
+        layers: which; as of ``compress``, without settings.
+        forms: that are tried; for 1x1 kernels those with a kernel to take apart are replaced by gauge.
+        estimator: one of ``ESTIMATORS``; by default evaluate if that is given, else fisher, and without
+            calibration data weight.
+        evaluate: a score of a model, higher is better.
+        multiple: ranks are rounded down to a multiple of it.
+        path: a file that keeps each point of measured and evaluate as it is done; such a run resumes.
+        executor: for measured and evaluate, any of ``concurrent.futures``, or a Dask client's.
+        minutes: for measured and evaluate, after which no point is started.
+
+    Source: arXiv 2408.06024 section 3.2 for the question; the estimators stand at the top of the module.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    >>> data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
+    >>> table = sensitivities(model, data[0], calibration=data, forms=["gauge"])
+    >>> table.estimator, table[0].layer.name, table[0].change >= table[-1].change * 0
+    ('fisher', '0', True)
+
+    Raises:
+        InputError: for data that an estimator needs and does not get.
+        SelectionError: for an unknown estimator or form, or layers that do not exist.
+    """
+    name = estimator_for(estimator, calibration, evaluate)
+    _check_forms(forms)
+    subject = subject_of(model, example_inputs, calibration)
+    chosen = matches(layers, subject.table)
+    proposals = proposed(subject, forms, multiple, chosen)
+    fitted = fitted_all(subject, proposals)
+    how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
+    return estimated(subject, fitted, name, **how)
+
+
+def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str:
+    if estimator is None:
+        return "evaluate" if evaluate is not None else "weight" if calibration is None else "fisher"
+    if estimator not in ESTIMATORS:
+        raise SelectionError(f"estimator={estimator!r} is not known; choose one of {', '.join(ESTIMATORS)}")
+    if estimator == "evaluate" and evaluate is None:
+        raise InputError("the estimator evaluate needs evaluate=, a function of a model to a score")
+    if estimator in ("fisher", "kfac", "output", "measured") and calibration is None:
+        raise InputError(f"the estimator {estimator} needs calibration=, some batches of inputs")
+    return estimator
+
+
+def _check_forms(forms: Sequence[str]) -> None:
+    for form in forms:
+        if form not in FORMS or form in ("weight", "reduced"):
+            known = ", ".join(name for name in FORMS if name not in ("weight", "reduced"))
+            raise SelectionError(f"the form {form!r} cannot be planned; choose of {known}")
+
+
+def proposed(
+    subject: Subject, forms: Sequence[str], multiple: int, chosen: Iterable[int] | None = None
+) -> dict[str, list[Proposal]]:
+    """The proposals of each layer that can be compressed, by name."""
+    numbers = None if chosen is None else set(chosen)
+    records = [r for r in subject.table if r.name in subject.layers]
+    return {r.name: proposals_of(r, forms, multiple) for r in records if numbers is None or r.index in numbers}
+
+
+def fitted_all(subject: Subject, proposals: Mapping[str, Sequence[Proposal]]) -> dict[str, list[Fitted]]:
+    """Each proposal with the weights of its steps."""
+    return {
+        name: [
+            (
+                proposal,
+                step_weights(
+                    proposal,
+                    subject.weight(name),
+                    subject.statistics.get(name),
+                    with_mean=name in subject.with_mean,
+                ),
+            )
+            for proposal in found
+        ]
+        for name, found in progress(list(proposals.items()), "fitting")
+    }
+
+
+def estimated(
+    subject: Subject, fitted: Mapping[str, Sequence[Fitted]], estimator: str, **how: Any
+) -> Sensitivities:
+    """The table of fitted proposals by one estimator; ``how`` as of ``by_running``."""
+    found: Mapping[str, Sequence[Estimate | None]]
+    if estimator == "fisher":
+        found = by_fisher(subject, fitted)
+    elif estimator in ("measured", "evaluate"):
+        found = by_running(subject, fitted, **how)
+    else:
+        found = {name: by_statistics(subject, name, rows, estimator) for name, rows in fitted.items()}
+    dense = {record.name: record.macs or 1 for record in subject.table}
+    rows = [
+        Sensitivity(one.layer, one.macs, one.params, one.macs / dense[name], *estimate)
+        for name in fitted
+        for (one, _), estimate in zip(fitted[name], found[name], strict=True)
+        if estimate is not None
+    ]
+    images = sum(map(batch_size, first_images(subject.batches, IMAGES)))
+    left_out = {r.name: excluded(r) or "not asked for" for r in subject.table if r.name not in fitted}
+    missing = sum(map(len, fitted.values())) - len(rows)
+    return Sensitivities(tuple(rows), estimator, _UNITS.get(estimator, "nats"), images, left_out, missing)

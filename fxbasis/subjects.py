@@ -1,0 +1,167 @@
+"""A model under study: traced, numbered, with its calibration batches and what is known from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .calibration_data import checked, inputs_of
+from .divergence import divergence
+from .errors import InputError
+from .forms import BasisConv2d
+from .kernels import kernel_of
+from .passes.numbering import conv_layers, number_convs
+from .passes.records import ConvRecord, ConvTable
+from .passes.rewriting import rewrite
+from .passes.tracing import trace
+from .proposals import excluded
+from .recipe import LayerPlan, Plan
+from .refitting import batchnorms_behind
+from .running import ExampleInputs, batch_size, copy_model, map_tensors, run
+from .statistics import LayerStatistics, collect
+
+__all__ = ["Subject", "built", "first_images", "plan_with", "put_weights", "subject_of"]
+
+IMAGES = 512
+"""Of the calibration images, those that statistics and estimates are taken over."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A traced copy of a model, its convolutions, and inputs without labels.
+
+    Attributes:
+        model: traced; in no case changed.
+        example: the example inputs. table: the numbered convolutions.
+        batches: calibration inputs; none without calibration.
+    """
+
+    model: nn.Module
+    example: ExampleInputs
+    table: ConvTable
+    batches: tuple[ExampleInputs, ...]
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Conv2d]:
+        """The convolutions that can be compressed, by name."""
+        found = conv_layers(self.model)
+        return {r.name: cast(nn.Conv2d, found[r.name]) for r in self.table if not excluded(r)}
+
+    def weight(self, name: str) -> Tensor:
+        """The effective kernel (C, c / g, K_h, K_w), float64 on the CPU."""
+        return kernel_of(self.layers[name]).conv.weight.detach().to("cpu", torch.float64)
+
+    @property
+    def images(self) -> int:
+        """How many calibration images there are."""
+        return sum(map(batch_size, self.batches))
+
+    @cached_property
+    def comparable(self) -> bool:
+        """Whether the change between two outputs of the model is defined."""
+        try:
+            output = run(self.model, self.batches[0])
+            divergence(output, output)
+        except InputError:
+            return False
+        return True
+
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Of each layer; none without calibration."""
+        if not self.batches:
+            return {}
+        batches = first_images(self.batches, IMAGES)
+        return collect(self.model, self.layers, batches, gradients=self.comparable)
+
+    @cached_property
+    def with_mean(self) -> set[str]:
+        """The layers whose mean output can be set freely: they have a bias, or feed a BatchNorm alone."""
+        norms = batchnorms_behind(self.model, self.layers)
+        return {name for name, layer in self.layers.items() if layer.bias is not None or name in norms}
+
+    def digest(self, *settings: Any) -> str:
+        """A hash of the parameters, buffers and batches, and of the settings."""
+        found = hashlib.sha256(repr(settings).encode())
+        for name, tensor in self.model.state_dict().items():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        for batch in self.batches:
+            map_tensors(lambda t: found.update(_bytes(t)) or t, batch)  # type: ignore[func-returns-value]
+        return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def subject_of(
+    model: nn.Module, example_inputs: ExampleInputs, calibration: Iterable[Any] | None
+) -> Subject:
+    """Trace, number, and read the batches.
+
+    Raises:
+        InputError: for calibration data that cannot be read twice, or holds nothing.
+    """
+    if example_inputs is None:
+        raise InputError("example_inputs is None; pass one batch that the model takes")
+    traced = trace(model, example_inputs)
+    table = number_convs(traced, example_inputs)
+    batches = () if calibration is None else tuple(inputs_of(batch) for batch in checked(calibration))
+    return Subject(traced, example_inputs, table, batches)
+
+
+def first_images(batches: Sequence[ExampleInputs], images: int) -> list[ExampleInputs]:
+    """The first batches, until they hold so many images."""
+    found: list[ExampleInputs] = []
+    for batch in batches:
+        if found and sum(map(batch_size, found)) >= images:
+            break
+        found.append(batch)
+    return found
+
+
+def plan_with(
+    table: Sequence[ConvRecord], chosen: Mapping[int, LayerPlan], reason: str = "dense is better"
+) -> Plan:
+    """The plan that writes the chosen layers by their numbers, and leaves the others dense."""
+    return Plan(tuple(chosen.get(record.index) or _dense(record, reason) for record in table))
+
+
+def _dense(record: ConvRecord, reason: str) -> LayerPlan:
+    return LayerPlan(
+        number=record.index,
+        name=record.name,
+        in_channels=record.in_channels,
+        out_channels=record.out_channels,
+        kernel_size=record.kernel_size,
+        groups=record.groups,
+        reason=excluded(record) or reason,
+    )
+
+
+def built(model: nn.Module, plan: Plan, weights: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    """A copy of a traced model with the layers of a plan, whose steps have these weights."""
+    copied = copy_model(model)
+    rewrite(copied, plan, empty=True)
+    for name, form in conv_layers(copied).items():
+        if isinstance(form, BasisConv2d):
+            original = kernel_of(cast(nn.Conv2d, conv_layers(model)[name])).conv
+            put_weights(form, weights[name], original.bias)
+    return copied
+
+
+def put_weights(form: BasisConv2d, weights: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
+    """Give the steps of a form their weights, and its bias, rounded to its dtype."""
+    state = form.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in weights.items():
+            state[name].copy_(value.reshape(state[name].shape))
+        if bias is not None and form.bias is not None:
+            form.bias.copy_(bias)
