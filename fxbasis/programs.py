@@ -96,8 +96,10 @@ def _one_each(values: Columns) -> LinearConstraint:
 
 def _rows(costs: Sequence[Columns], limits: Sequence[float], most: float) -> npt.NDArray[np.float64]:
     """(kinds, candidates): costs as shares of their limits, none above ``most``."""
-    shares = [np.concatenate(kind) / limit for kind, limit in zip(costs, limits, strict=True)]
-    return np.minimum(np.stack(shares), most) * _SCALE
+    pairs = zip(costs, limits, strict=True)
+    return (
+        np.stack([np.minimum(np.concatenate(kind), most * limit) / limit for kind, limit in pairs]) * _SCALE
+    )
 
 
 def _picks(x: npt.NDArray[np.float64], values: Columns) -> list[int]:

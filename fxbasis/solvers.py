@@ -141,8 +141,10 @@ def _cheapest(
     allowed = [np.flatnonzero(layer <= level) for layer in changes]
     kinds = [[layer[kept] for layer, kept in zip(kind, allowed, strict=True)] for kind in costs]
     shares = [
-        np.sum([kind[layer] / limit for kind, limit in zip(kinds, limits, strict=True)], axis=0)
-        for layer in range(len(changes))
+        np.sum(
+            [np.minimum(cost, 2 * limit) / limit for cost, limit in zip(kind, limits, strict=True)], axis=0
+        )
+        for kind in zip(*kinds, strict=True)
     ]
     if len(costs) == 1:
         picks = [int(layer.argmin()) for layer in shares]

@@ -43,6 +43,7 @@ LAYERS = {
         "fronts",
         "programs",
         "solvers",
+        "sweeping",
     ],
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
     2: [
