@@ -69,7 +69,7 @@ LAYERS = {
         "export.layer_times",
         "export",
     ],
-    3: ["form_table", "proving", "compression", "saving", "diagnosis"],
+    3: ["form_table", "proving", "timing", "compression", "saving", "diagnosis"],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "options", "verbs", "cli", "__main__"],
 }
