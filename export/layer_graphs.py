@@ -115,9 +115,10 @@ def layer_graph(geometry: Geometry, form: str, ranks: Ranks) -> bytes:
         steps = FORMS[form].steps(shape, ranks)
     for step in steps:
         graph.add(step, last=step is steps[-1])
-    size = [geometry.batch, geometry.in_channels, *geometry.input_size]
+    size: list[int | str] = [geometry.batch, geometry.in_channels, *geometry.input_size]
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, size)
-    made = helper.make_tensor_value_info(graph.value, TensorProto.FLOAT, None)
+    size = [geometry.batch, geometry.out_channels, "height", "width"]
+    made = helper.make_tensor_value_info(graph.value, TensorProto.FLOAT, size)
     whole = helper.make_graph(graph.nodes, form, [given], [made], graph.weights)
     model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
     return bytes(model.SerializeToString())

@@ -2,8 +2,8 @@
 
 Each runs once in every round, in an order that reverses, and the ratio is the median round by round. The
 clock is the processor time of the thread that calls, which works in every node and waits awake for the rest.
-So what other programs take of the processor is not counted, and on a quiet machine it is the time that passes;
-on Windows, where that clock is coarse, it is the time that passes in any case.
+So what other programs take of the processor is not counted; on a quiet machine it is the time that passes.
+On Windows, where that clock is coarse, the time that passes is taken.
 
 A graph brings its input into the runtime's own layout and its output back, which a layer within a network
 need not. That is in both times, so a ratio lies a little nearer to 1 than there, and on the same side of it.

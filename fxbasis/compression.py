@@ -112,7 +112,7 @@ def compress(
     else:
         plan = _given(plan)
     if not keep_if_slower:
-        check_plan(traced, plan)
+        _check(traced, plan)
         plan = without_slower(plan, number_convs(traced, example_inputs), threads)
     _say(traced, plan)
     rewrite(traced, plan)
@@ -126,6 +126,12 @@ def _given(plan: Plan | str | Path) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
     return plan
+
+
+def _check(traced: nn.Module, plan: Plan) -> None:
+    convs = check_plan(traced, plan)
+    for layer in plan.compressed:
+        check_weight(convs[layer.name], layer)
 
 
 def _weight_in(model: nn.Module) -> WeightOf:

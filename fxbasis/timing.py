@@ -45,7 +45,7 @@ def _judged(layer: LayerPlan, record: ConvRecord, threads: int) -> LayerPlan:
         return layer
     ratio = time_ratio(record, layer.form, layer.ranks, threads)
     lower = _last_block(layer, record)
-    found = time_ratio(record, layer.form, lower, threads)
+    found = ratio if lower == layer.ranks else time_ratio(record, layer.form, lower, threads)
     what = f"{layer}: rank {_text(layer.ranks)} of the {layer.form} form"
     measured = f"measured {ratio:.2f} times dense in ONNX Runtime, {threads_text(threads)}"
     better = f"pass rank {_text(lower)}, which measured {found:.2f}"
