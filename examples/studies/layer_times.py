@@ -32,15 +32,16 @@ NO_GAIN_AT_1X1 = (
 
 HEAD = """# Time and work of one convolution in every form
 
-ONNX Runtime time over that of the dense layer, at the largest ranks in multiples of 16 whose MACs are at most a
-half and a quarter of the dense ones; the ratio of MACs stands beside it. Below the ratio of MACs nothing is to be
-expected; what lies above it is what the runtime loses to smaller convolutions, to the layout of its input and
-output, and to the copies of the gauge form.
+ONNX Runtime time over that of the dense layer, at the largest ranks in multiples of 16 whose MACs are at most
+a half and a quarter of the dense ones; the ratio of MACs stands beside it. What lies above that ratio is what
+the runtime loses to smaller convolutions, to the layout of its input and output, and to the copies of the
+gauge form.
 
-{runtime}, torch {torch}, {processor}, {processors} processors, one image, float32, {repeats} measurements of each,
-median (9 to 200 rounds in turns with the dense layer; processor time of the calling thread). Load of the machine
-from other programs and this one: {before} at the start, {after} at the end. With two threads on two shared
-processors the second is often busy elsewhere, so the second column is the rougher one.
+{runtime}, torch {torch}, {processor}, {processors} processors, one image, float32; {repeats} measurements of
+each, median; one is 9 to 200 rounds in turns with the dense layer, on the clock of the calling thread's
+processor time. Load of the machine, shared with other programs: {before} at the start, {after} at the end.
+Where other programs hold the second processor, the calling thread does most of the work of two threads, and
+the last column says little more than the one before it.
 
 | layer | dense, 1 thread | form | ranks | MACs | time, 1 thread | time, 2 threads |
 |---|---|---|---|---|---|---|
@@ -81,10 +82,9 @@ def rows_of(channels: int, filters: int, kernel: int, size: int, repeats: int) -
                 )
                 for threads in (1, 2)
             ]
-            shown = (f"{cost_ratio(record, ranks, form):.2f}", *(f"{time:.2f}" for time in times))
-            rows.append(
-                f"| {name} | {dense.dense_ms:.2f} ms | {form} | {', '.join(map(str, ranks))} | {' | '.join(shown)} |"
-            )
+            shown = (form, ", ".join(map(str, ranks)), f"{cost_ratio(record, ranks, form):.2f}")
+            shown += tuple(f"{time:.2f}" for time in times)
+            rows.append(f"| {name} | {dense.dense_ms:.2f} ms | {' | '.join(shown)} |")
     return rows
 
 
