@@ -140,7 +140,7 @@ def measure_layer(
 
     >>> import torch
     >>> from fxbasis.passes.numbering import number_convs
-    >>> record = number_convs(torch.nn.Conv2d(16, 32, 3), torch.zeros(1, 3 + 13, 10, 10))[0]
+    >>> record = number_convs(torch.nn.Conv2d(16, 32, 3), torch.zeros(1, 16, 10, 10))[0]
     >>> times = measure_layer(record, forms=["output", "cp"], ranks=[8, 16], cache=False)
     >>> times.dense_ms > 0, times.ratio("output", 8) > 0, len(times.rows)
     (True, True, 4)
@@ -174,6 +174,12 @@ def time_ratio(
 
     Raises:
         InputError, SelectionError, ExportError: as of ``measure_layer``.
+
+    >>> import torch
+    >>> from fxbasis.passes.numbering import number_convs
+    >>> record = number_convs(torch.nn.Conv2d(16, 32, 3), torch.zeros(1, 16, 10, 10))[0]
+    >>> time_ratio(record, "tucker2", (8, 8), cache=False) > 0
+    True
     """
     check_threads(threads)
     if form != DENSE:

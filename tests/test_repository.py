@@ -128,6 +128,7 @@ def test_public_names_are_those_of_all_and_documented() -> None:
 
 
 VERBS = ["trace", "number_convs", "compress", "fold", "profile", "save", "load", "export_onnx", "measure"]
+VERBS += ["measure_layer"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
