@@ -23,6 +23,7 @@ from .errors import (
     VerificationError,
 )
 from .export.exporting import OnnxFile, export_onnx
+from .export.layer_times import LayerTimes, measure_layer
 from .export.measuring import Latency, measure
 from .passes.folding import fold
 from .passes.numbering import ConvRecord, ConvTable, number_convs
@@ -46,6 +47,7 @@ __all__ = [
     "LayerError",
     "LayerPlan",
     "LayerProfile",
+    "LayerTimes",
     "MissingExtraError",
     "OnnxFile",
     "Part",
@@ -63,6 +65,7 @@ __all__ = [
     "fold",
     "load",
     "measure",
+    "measure_layer",
     "number_convs",
     "parts_of",
     "plan_of",

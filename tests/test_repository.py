@@ -63,9 +63,13 @@ LAYERS = {
         "export.exporters",
         "export.exporting",
         "export.measuring",
+        "export.layer_graphs",
+        "export.time_cache",
+        "export.layer_runs",
+        "export.layer_times",
         "export",
     ],
-    3: ["form_table", "proving", "compression", "saving", "diagnosis"],
+    3: ["form_table", "proving", "timing", "compression", "saving", "diagnosis"],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "options", "verbs", "cli", "__main__"],
 }
@@ -124,6 +128,7 @@ def test_public_names_are_those_of_all_and_documented() -> None:
 
 
 VERBS = ["trace", "number_convs", "compress", "fold", "profile", "save", "load", "export_onnx", "measure"]
+VERBS += ["measure_layer"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
