@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..comparing import Difference, difference
-from ..errors import ExportError, InputError, TraceError, VerificationError
+from ..errors import ExportError, FxBasisWarning, InputError, TraceError, VerificationError
 from ..running import (
     ExampleInputs,
     as_arguments,
@@ -24,6 +26,9 @@ from ..running import (
     tensors_of,
     with_batch,
 )
+
+MOST_THREADS = 256
+"""More than this is taken for a mistake: each thread takes memory before the first run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +136,31 @@ def named_tensors(nest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return named
 
 
-def open_session(file: Path, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU: all graph optimisations, sequential, ``threads`` threads."""
+def check_threads(threads: Any) -> None:
+    """Refuse a number of threads that is none, and warn of more than there are processors."""
+    if not isinstance(threads, int) or threads < 1:
+        raise ExportError(f"threads={threads!r} cannot be measured; pass a whole number of at least 1")
+    processors = os.cpu_count() or 1
+    if threads > MOST_THREADS:
+        raise ExportError(
+            f"threads={threads} is more than {MOST_THREADS}; this machine has {processors} processors"
+        )
+    if threads > processors:
+        warnings.warn(
+            f"threads={threads} on a machine with {processors} processors measures their competition",
+            FxBasisWarning,
+            stacklevel=4,
+        )
+
+
+def open_session(model: Path | bytes, threads: int, **entries: str) -> Any:
+    """An ONNX Runtime session on the CPU: all graph optimisations, sequential, ``threads`` threads.
+
+    Args:
+        model: an ONNX file, or the bytes of one.
+        threads: that work within one node.
+        entries: of the session's configuration, without ``session.`` before them.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -141,7 +169,10 @@ def open_session(file: Path, threads: int) -> Any:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4  # failures are raised, so the runtime need not print them too
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    for name, value in entries.items():
+        options.add_session_config_entry(f"session.{name}", value)
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def feed(session: Any, named: Mapping[str, torch.Tensor]) -> dict[str, Any]:

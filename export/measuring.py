@@ -16,7 +16,6 @@ import os
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -25,19 +24,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..errors import ExportError, FxBasisWarning, InputError
+from ..errors import ExportError, InputError
 from ..progress import progress
 from ..running import ExampleInputs, as_arguments, batch_size, describe, run, seeded, tensors_of
-from .checking import bytes_of, feed, frozen_copy, named_inputs, named_tensors, open_session
+from .checking import (
+    bytes_of,
+    check_threads,
+    feed,
+    frozen_copy,
+    named_inputs,
+    named_tensors,
+    open_session,
+)
 from .exporting import export_onnx
 
 __all__ = ["WARM_UP", "Latency", "measure"]
 
 WARM_UP = 3
 """Uncounted runs of every model before the first sample."""
-
-MOST_THREADS = 256
-"""More than this is taken for a mistake: each thread takes memory before the first run."""
 
 RUNTIMES = ("onnxruntime", "eager")
 
@@ -178,20 +182,9 @@ def _measured(
 
 
 def _check_settings(runs: int, threads: int, runtime: str) -> None:
-    for name, value in (("runs", runs), ("threads", threads)):
-        if not isinstance(value, int) or value < 1:
-            raise ExportError(f"{name}={value!r} cannot be measured; pass a whole number of at least 1")
-    processors = os.cpu_count() or 1
-    if threads > MOST_THREADS:
-        raise ExportError(
-            f"threads={threads} is more than {MOST_THREADS}; this machine has {processors} processors"
-        )
-    if threads > processors:
-        warnings.warn(
-            f"threads={threads} on a machine with {processors} processors measures their competition",
-            FxBasisWarning,
-            stacklevel=3,
-        )
+    if not isinstance(runs, int) or runs < 1:
+        raise ExportError(f"runs={runs!r} cannot be measured; pass a whole number of at least 1")
+    check_threads(threads)
     if runtime not in RUNTIMES:
         raise ExportError(f"runtime={runtime!r} is unknown; pass one of {', '.join(map(repr, RUNTIMES))}")
 

@@ -24,6 +24,7 @@ from .errors import (
     VerificationError,
 )
 from .export.exporting import OnnxFile, export_onnx
+from .export.layer_times import LayerTimes, measure_layer
 from .export.measuring import Latency, measure
 from .passes.folding import fold
 from .passes.numbering import ConvRecord, ConvTable, number_convs
@@ -48,6 +49,7 @@ __all__ = [
     "LayerError",
     "LayerPlan",
     "LayerProfile",
+    "LayerTimes",
     "MissingExtraError",
     "OnnxFile",
     "Part",
@@ -65,6 +67,7 @@ __all__ = [
     "fold",
     "load",
     "measure",
+    "measure_layer",
     "number_convs",
     "parts_of",
     "plan_of",

@@ -20,6 +20,7 @@ from .passes.tracing import trace
 from .proving import rewrite_difference
 from .recipe import Plan
 from .running import ExampleInputs
+from .timing import without_slower
 
 __all__ = ["compress", "plan_of"]
 
@@ -40,6 +41,8 @@ def compress(
     fixed_basis: bool = False,
     plan: Plan | str | Path | None = None,
     effective_weights: bool = False,
+    keep_if_slower: bool = True,
+    threads: int = 1,
 ) -> nn.Module:
     """A compressed copy: each selected ``name`` becomes ``name.basis`` and ``name.composition``.
 
@@ -69,13 +72,17 @@ def compress(
         effective_weights: compress classes that compute their kernel from the stored weight in a forward of
             their own (weight standardisation) by that kernel; fold gives plain Conv2d for them. Otherwise
             they are left alone.
+        keep_if_slower: False to time each layer in ONNX Runtime at the sizes of the example inputs, from the
+            cache of ``measure_layer``. What is slower than dense there stays dense, with an FxBasisWarning;
+            another names the better rank of a layer just above a step. True times nothing.
+        threads: with which the layers are timed.
 
     Returns:
         A ``torch.fx.GraphModule`` where the model can be traced as a whole, otherwise a module tree of the
         same classes; dtypes, devices, modes, memory format and frozen parameters as in the original.
 
     Raises:
-        SelectionError, LayerError, PlanError, InputError, TraceError: see their messages.
+        SelectionError, LayerError, PlanError, InputError, TraceError, ExportError: see their messages.
         VerificationError: when the comparison fails.
 
     Source: arXiv 2408.06024, arXiv 1906.04509.
@@ -102,14 +109,29 @@ def compress(
         chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
         settings = {"form": form, "method": method, "fixed_basis": fixed_basis, "multiple": multiple}
         plan = select(table, layers, weight_of=_weight_in(traced), **chosen, **settings)
-    elif isinstance(plan, (str, Path)):
-        plan = Plan.from_json(plan)
-    elif not isinstance(plan, Plan):
-        raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
+    else:
+        plan = _given(plan)
+    if not keep_if_slower:
+        _check(traced, plan)
+        plan = without_slower(plan, number_convs(traced, example_inputs), threads)
     _say(traced, plan)
     rewrite(traced, plan)
     rewrite_difference(model, traced, example_inputs)
     return traced
+
+
+def _given(plan: Plan | str | Path) -> Plan:
+    if isinstance(plan, (str, Path)):
+        return Plan.from_json(plan)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
+    return plan
+
+
+def _check(traced: nn.Module, plan: Plan) -> None:
+    convs = check_plan(traced, plan)
+    for layer in plan.compressed:
+        check_weight(convs[layer.name], layer)
 
 
 def _weight_in(model: nn.Module) -> WeightOf:

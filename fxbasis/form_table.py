@@ -10,6 +10,7 @@ from torch import nn
 
 from .costs import ConvShape, dense_macs, dense_params
 from .errors import SelectionError
+from .export.layer_times import time_ratio
 from .passes.numbering import number_convs
 from .passes.ranking import check_ratio, ranks_by_cost
 from .structures import FORMS, Ranks, form_macs, form_params, training_macs
@@ -28,6 +29,7 @@ class FormCost:
         macs_ratio, params_ratio: the same over the dense ones.
         training_ratio: MACs of a forward and backward pass over those of the dense layer.
         largest: the ranks at which the form is exact.
+        time_ratio: the measured time over that of the dense layer; None where nothing was timed.
     """
 
     form: str
@@ -38,6 +40,7 @@ class FormCost:
     params_ratio: float
     training_ratio: float
     largest: Ranks
+    time_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ class FormTable:
         shape, (height, width) = self.shape, self.size
         kernel = "x".join(map(str, shape.kernel_size))
         head = f"{shape.in_channels} -> {shape.out_channels} channels, {kernel}, stride 1, {height}x{width}"
+        measured = self.rows[0].time_ratio is not None
         rows = [_row(row) for row in self.rows]
-        table = aligned(rows, _HEADERS, left=("form",))
+        table = aligned(rows, (*_HEADERS, "time ratio") if measured else _HEADERS, left=("form",))
         return (
             f"{head}: the largest ranks at or under {self.ratio:g} of the MACs (weight: of the weights)\n\n"
             f"{table}\n\nMACs of one image (FLOPs = 2 x MACs); training: forward and backward, with the "
-            "gradient of the input.\nWork is not time and not accuracy: `fxbasis compress` measures the one, "
-            "your data the other."
+            f"gradient of the input.\n{_MEASURED if measured else _NOT_MEASURED}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,20 +76,30 @@ class FormTable:
 _HEADERS = ("form", "rank", "exact at", "MACs", "ratio", "params", "ratio", "training ratio")
 
 
+_NOT_MEASURED = "Work is not time and not accuracy: `fxbasis compress` measures the one, your data the other."
+_MEASURED = (
+    "Time: measured in ONNX Runtime, 1 thread, one image. It says nothing of accuracy: your data does."
+)
+
+
 def _row(row: FormCost) -> list[str]:
     ranks, largest = (", ".join(map(str, found)) for found in (row.ranks, row.largest))
     ratios = (row.macs_ratio, row.params_ratio, row.training_ratio)
     macs, params, training = (f"{ratio:.3f}" for ratio in ratios)
-    return [row.form, ranks, largest, f"{row.macs:,}", macs, f"{row.params:,}", params, training]
+    time = [] if row.time_ratio is None else [f"{row.time_ratio:.3f}"]
+    return [row.form, ranks, largest, f"{row.macs:,}", macs, f"{row.params:,}", params, training, *time]
 
 
-def form_table(shape: ConvShape, size: tuple[int, int], macs_ratio: float = 0.5) -> FormTable:
+def form_table(
+    shape: ConvShape, size: tuple[int, int], macs_ratio: float = 0.5, *, measured: bool = False
+) -> FormTable:
     """Every form of a layer with stride 1 at the largest ranks of at most ``macs_ratio`` of its MACs.
 
     Args:
         shape: the layer.
         size: height and width of its input and output.
         macs_ratio: in (0, 1]. The weight form, which saves none at inference, has that part of the weights.
+        measured: time each form, too, as ``measure_layer`` does.
 
     Raises:
         SelectionError: for a ratio that is none.
@@ -99,11 +112,14 @@ def form_table(shape: ConvShape, size: tuple[int, int], macs_ratio: float = 0.5)
     if min(size) < 1:
         raise SelectionError(f"a layer of {size[0]}x{size[1]} has no positions; pass sizes from 1")
     channels = (shape.in_channels, shape.out_channels, shape.kernel_size)
-    conv = nn.Conv2d(*channels, groups=shape.groups, bias=shape.bias, device="meta")
+    padding = (shape.kernel_size[0] // 2, shape.kernel_size[1] // 2)
+    conv = nn.Conv2d(*channels, padding=padding, groups=shape.groups, bias=shape.bias, device="meta")
     record = replace(number_convs(conv)[0], output_size=size, input_size=size)
     rows = [_dense(shape, size)]
     for name, form in FORMS.items():
         rows.append(_cost(name, shape, size, ranks_by_cost(record, macs_ratio, form.saves, name)))
+    if measured:
+        rows = [replace(row, time_ratio=time_ratio(record, row.form, row.ranks)) for row in rows]
     return FormTable(shape, size, macs_ratio, tuple(rows))
 
 

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: arguments of models, numbers, results."""
+"""Arguments of the command line: of compress, those that verbs share, numbers; and results."""
 
 from __future__ import annotations
 
@@ -61,6 +61,59 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
     """Runs and threads."""
     parser.add_argument("--runs", type=count, default=30, help="timed runs of each model (default 30)")
     parser.add_argument("--threads", type=count, default=1, help="threads for each run (default 1)")
+
+
+def add_compress(parser: argparse.ArgumentParser) -> None:
+    """Everything that `fxbasis compress` takes."""
+    add_model(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for models, tables and report")
+    parser.add_argument(
+        "--layers",
+        help='numbers, ranges and names with commas ("2-5,10"), or "re:PATTERN": rewritten even where that '
+        'costs more MACs; or "all" (default): every layer that qualifies and whose cost falls',
+    )
+    parser.add_argument(
+        "--size",
+        help="basis convolutions of each layer: an integer, or a fraction of its filters (default 0.5)",
+    )
+    parser.add_argument("--macs-ratio", type=float, help="instead of --size: part of each layer's MACs")
+    parser.add_argument("--params-ratio", type=float, help="instead of --size: part of each layer's weights")
+    parser.add_argument("--energy", type=float, help="instead of --size: part of the weight's squared norm")
+    parser.add_argument(
+        "--evbmf", action="store_true", default=None, help="instead of --size: variational Bayes (low ranks)"
+    )
+    parser.add_argument(
+        "--multiple",
+        type=count,
+        help="round ranks to a multiple of this: down under a ratio of costs, otherwise up",
+    )
+    parser.add_argument(
+        "--form",
+        help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
+        "cp4 or tt; `fxbasis forms` compares their costs",
+    )
+    parser.add_argument(
+        "--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als"
+    )
+    parser.add_argument(
+        "--fixed-basis",
+        action="store_true",
+        default=None,
+        help="no gradients for the first step, so that only the others learn",
+    )
+    parser.add_argument(
+        "--effective-weights",
+        action="store_true",
+        default=None,
+        help="compress classes that standardise their weight by the kernel they compute, too",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of those above")
+    parser.add_argument(
+        "--keep-if-slower",
+        action="store_true",
+        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense",
+    )
+    add_timing(parser)
 
 
 def count(text: str) -> int:

@@ -11,11 +11,11 @@ from .errors import UsageError
 from .options import (
     MODEL_HELP,
     Result,
+    add_compress,
     add_compressed,
     add_model,
     add_model_options,
     add_timing,
-    count,
     load_chosen,
     load_pair,
     number,
@@ -52,53 +52,6 @@ def _doctor(options: argparse.Namespace) -> Result:
     return Result(str(found), found.to_dict())
 
 
-def _add_compress(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for models, tables and report")
-    parser.add_argument(
-        "--layers",
-        help='numbers, ranges and names with commas ("2-5,10"), or "re:PATTERN": rewritten even where that '
-        'costs more; or "all" (default): every layer that qualifies and whose cost falls',
-    )
-    parser.add_argument(
-        "--size",
-        help="basis convolutions of each layer: an integer, or a fraction of its filters (default 0.5)",
-    )
-    parser.add_argument("--macs-ratio", type=float, help="instead of --size: part of each layer's MACs")
-    parser.add_argument("--params-ratio", type=float, help="instead of --size: part of each layer's weights")
-    parser.add_argument("--energy", type=float, help="instead of --size: part of the weight's squared norm")
-    parser.add_argument(
-        "--evbmf", action="store_true", default=None, help="instead of --size: variational Bayes (low ranks)"
-    )
-    parser.add_argument(
-        "--multiple",
-        type=count,
-        help="round ranks to a multiple of this: down under a ratio of costs, otherwise up",
-    )
-    parser.add_argument(
-        "--form",
-        help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
-        "cp4 or tt; `fxbasis forms` compares their costs",
-    )
-    parser.add_argument(
-        "--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als"
-    )
-    parser.add_argument(
-        "--fixed-basis",
-        action="store_true",
-        default=None,
-        help="no gradients for the first step, so that only the others learn",
-    )
-    parser.add_argument(
-        "--effective-weights",
-        action="store_true",
-        default=None,
-        help="compress classes that standardise their weight by the kernel they compute, too",
-    )
-    parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of those above")
-    add_timing(parser)
-
-
 def _compress(options: argparse.Namespace) -> Result:
     from .compression import compress
     from .files import check_folder
@@ -120,7 +73,9 @@ def _compress(options: argparse.Namespace) -> Result:
         given["size"] = number(given["size"])
     example = parse_input(options.input)
     model = load_chosen(options)
-    small = compress(model, example, plan=options.plan, **given)
+    keep = options.keep_if_slower or options.plan is not None
+    timing = {"keep_if_slower": keep, "threads": options.threads}
+    small = compress(model, example, plan=options.plan, **given, **timing)
     random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
     done = report(
         model,
@@ -260,6 +215,7 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
         help="channels, kernel, height and width of a layer with stride 1, for example 64,64,3,56,56",
     )
     parser.add_argument("--macs-ratio", type=float, default=0.5, help="part of the MACs (default 0.5)")
+    parser.add_argument("--measure", action="store_true", help="time each form in ONNX Runtime, too")
 
 
 def _layer(text: str) -> list[int]:
@@ -275,7 +231,7 @@ def _forms(options: argparse.Namespace) -> Result:
 
     channels, filters, kernel, height, width = options.layer
     shape = ConvShape(channels, filters, (kernel, kernel))
-    table = form_table(shape, (height, width), options.macs_ratio)
+    table = form_table(shape, (height, width), options.macs_ratio, measured=options.measure)
     return Result(str(table), table.to_dict())
 
 
@@ -297,7 +253,7 @@ VERBS: dict[str, Verb] = {
     "doctor": (_doctor, "say what can be compressed, what not and why, before any work", add_model),
     "layers": (_layers, "number the convolutions of a model, with sizes, MACs and status", _add_layers),
     "forms": (_forms, "what every form of one layer costs at equal work", _add_forms),
-    "compress": (_compress, "compress a model, check it, export it, measure it, report", _add_compress),
+    "compress": (_compress, "compress a model, check it, export it, measure it, report", add_compress),
     "fold": (_fold, "fold a compressed model back to the original's structure", _add_fold),
     "profile": (_profile, "count MACs, parameters and activations, layer by layer", _add_profile),
     "export": (_export, "write a checked ONNX file of a model or its compressed version", _add_export),

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fxbasis.reporting
+import fxbasis.timing
 from fxbasis import Plan, VerificationError
 from fxbasis.cli import main
 
@@ -25,6 +26,7 @@ FILES = sorted(
     ]
 )
 SIZE = ["--input", "2x3x8x8"]
+KEEP = "--keep-if-slower"  # what is rewritten here is small, hence slower than dense
 
 SOURCE = """
 import torch
@@ -118,7 +120,8 @@ def net(source: Path) -> str:
 def done(net: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``compress`` wrote, made once."""
     out = tmp_path_factory.mktemp("cli") / "done"
-    assert main(["compress", net, *SIZE, "--out", str(out), "--runs", "3", "--size", "4"]) == 0
+    options = ["--runs", "3", "--size", "4", KEEP]
+    assert main(["compress", net, *SIZE, "--out", str(out), *options]) == 0
     return out
 
 
@@ -226,7 +229,7 @@ def test_layers_lists_functional_convolutions(run: Run, source: Path) -> None:
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_effective_weights(run: Run, source: Path, tmp_path: Path, asked: bool) -> None:
-    options = [f"{source}:standard", *SIZE, "--out", tmp_path / "out", "--size", "4", "--runs", "3"]
+    options = [f"{source}:standard", *SIZE, "--out", tmp_path / "out", "--size", "4", "--runs", "3", KEEP]
     code, _, err = run("compress", *options, *["--effective-weights"] * asked)
     assert code == 0
     assert ("effective weight is rewritten" in err) == asked
@@ -272,6 +275,7 @@ def test_compress_wrote_what_it_says(done: Path) -> None:
 def test_compress_as_json_with_every_option(run: Run, net: str, tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     options = ["--layers", "1-2", "--size", "0.25", "--method", "qr", "--form", "output", "--threads", "1"]
+    options.append(KEEP)
     code, text, err = run("compress", net, *SIZE, "--out", out, "--runs", "3", *options, "--json")
     assert (code, err) == (0, "")
     assert json.loads(text)["profile"]["layers"][0]["ranks"] == [4]
@@ -290,8 +294,30 @@ def test_compress_by_a_plan_and_over_an_old_folder(run: Run, net: str, done: Pat
     assert Plan.from_json(tmp_path / "plan.json") == Plan.from_json(done / "plan.json")
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_measures_slower_stays_dense_unless_it_is_to_be_kept(
+    run: Run, net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def ratio(record: Any, form: str, ranks: Any, threads: int) -> float:
+        asked.append((record.name, threads))
+        return 1.31 if record.name == "body" else 0.5
+
+    monkeypatch.setattr(fxbasis.timing, "time_ratio", ratio)
+    options = ["--size", "4", "--runs", "3", "--threads", "2", *[KEEP] * kept]
+    code, _, err = run("compress", net, *SIZE, "--out", tmp_path, *options)
+    assert code == 0
+    assert set(asked) == (set() if kept else {("stem", 2), ("body", 2), ("down", 2)})
+    assert ("(body), weight (16, 16, 3, 3): rank 4 of the output form measured 1.31" in err) == (not kept)
+    plan = Plan.from_json(tmp_path / "plan.json")
+    assert [layer.rank for layer in plan] == [4, 4 * kept, 4]
+    reason = "measured 1.31 times dense in ONNX Runtime, 2 threads"
+    assert (reason in (tmp_path / "report.md").read_text()) == (not kept)
+
+
 def test_warnings_are_one_line_each_on_stderr(run: Run, source: Path, tmp_path: Path) -> None:
-    options = ["--layers", "3,2", "--size", "0.5", "--runs", "3", "--json"]
+    options = ["--layers", "3,2", "--size", "0.5", "--runs", "3", "--json", KEEP]
     code, text, err = run("compress", f"{source}:branching", *SIZE, "--out", tmp_path, *options)
     assert code == 0
     json.loads(text)
@@ -525,14 +551,14 @@ def test_broken_promise_is_code_1_and_writes_nothing(
         raise VerificationError("folded model: outputs differ by 1.00e+00; please report the model")
 
     monkeypatch.setattr(fxbasis.reporting, "check_all", differ)
-    result = run("compress", net, *SIZE, "--runs", "3", "--out", tmp_path / "out")
+    result = run("compress", net, *SIZE, "--runs", "3", "--out", tmp_path / "out", KEEP)
     fails_with(result, 1, "outputs differ by 1.00e+00")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_failed_export_is_code_1_and_keeps_what_was_there(run: Run, source: Path, tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("mine")
-    options = ["--runs", "3", "--out", tmp_path]
+    options = ["--runs", "3", "--out", tmp_path, KEEP]
     code, out, err = run("compress", f"{source}:strings", *SIZE, *options)
     assert (code, out) in ((1, ""), (2, ""))
     assert "fxbasis: error: " in err
@@ -547,7 +573,7 @@ def test_interruption_is_quiet_and_writes_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fxbasis.reporting, "measure", interrupt)
-    code, out, err = run("compress", net, *SIZE, "--out", tmp_path / "out")
+    code, out, err = run("compress", net, *SIZE, "--out", tmp_path / "out", KEEP)
     assert (code, out, err.splitlines()[-1]) == (130, "", "fxbasis: interrupted")
     assert list(tmp_path.iterdir()) == []
 

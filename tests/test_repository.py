@@ -70,9 +70,33 @@ LAYERS = {
         "export.exporters",
         "export.exporting",
         "export.measuring",
+        "export.layer_graphs",
+        "export.time_cache",
+        "export.layer_runs",
+        "export.layer_times",
         "export",
     ],
-    3: ["form_table", "proving", "compression", "saving", "diagnosis"],
+    3: [
+        "form_table",
+        "proving",
+        "timing",
+        "windows",
+        "divergence",
+        "least_squares",
+        "statistics",
+        "datafit",
+        "lockstep",
+        "refitting",
+        "proposals",
+        "subjects",
+        "estimating",
+        "sensitivities",
+        "calibrating",
+        "planning",
+        "compression",
+        "saving",
+        "diagnosis",
+    ],
     4: ["reporting"],
     5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "options", "verbs", "cli", "__main__"],
 }
@@ -131,7 +155,7 @@ def test_public_names_are_those_of_all_and_documented() -> None:
 
 
 VERBS = ["trace", "number_convs", "compress", "fold", "profile", "save", "load", "export_onnx", "measure"]
-VERBS += ["recalibrate_batchnorm_"]
+VERBS += ["recalibrate_batchnorm_", "measure_layer", "sensitivities", "plan", "pareto"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
