@@ -20,7 +20,7 @@ from .layer_graphs import Geometry, geometry_of
 from .layer_runs import processor, runtime, timed
 from .time_cache import Timing, default_path, times_at
 
-__all__ = ["FormTime", "LayerTimes", "measure_layer", "time_ratio"]
+__all__ = ["FormTime", "LayerTimes", "layer_ms", "measure_layer", "time_ratio"]
 
 Cache: TypeAlias = bool | str | os.PathLike[str]
 
@@ -186,6 +186,16 @@ def time_ratio(
         _check_form(record, form)
         ranks = _checked(record, form, ranks)
     return _ratio(record, form, ranks, threads, cache)
+
+
+def layer_ms(record: ConvRecord, form: str, ranks: Ranks, threads: int = 1) -> float:
+    """The time of one call of a layer in milliseconds: its dense time by ``time_ratio``, both of the cache.
+
+    Raises:
+        InputError, SelectionError, ExportError: as of ``measure_layer``.
+    """
+    dense = _timing(record, DENSE, (), threads, True).dense_ms
+    return dense * time_ratio(record, form, ranks, threads)
 
 
 def _check_form(record: ConvRecord, form: str) -> None:

@@ -30,10 +30,12 @@ from .passes.folding import fold
 from .passes.numbering import ConvRecord, ConvTable, number_convs
 from .passes.profiling import LayerProfile, Profile, profile
 from .passes.tracing import Part, parts_of, trace
+from .planning import ParetoFront, pareto, plan
 from .recalibration import recalibrate_batchnorm_
 from .recipe import LayerPlan, Plan
 from .reporting import Report, report
 from .saving import load, save
+from .sensitivities import Sensitivities, Sensitivity, sensitivities
 
 __version__ = "0.1.0"
 
@@ -52,12 +54,15 @@ __all__ = [
     "LayerTimes",
     "MissingExtraError",
     "OnnxFile",
+    "ParetoFront",
     "Part",
     "Plan",
     "PlanError",
     "Profile",
     "Report",
     "SelectionError",
+    "Sensitivities",
+    "Sensitivity",
     "TraceError",
     "UsageError",
     "VerificationError",
@@ -69,11 +74,14 @@ __all__ = [
     "measure",
     "measure_layer",
     "number_convs",
+    "pareto",
     "parts_of",
+    "plan",
     "plan_of",
     "profile",
     "recalibrate_batchnorm_",
     "report",
     "save",
+    "sensitivities",
     "trace",
 ]

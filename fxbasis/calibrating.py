@@ -7,7 +7,8 @@ Four stages, each measured by the change of the outputs on the calibration image
     sequential     the last factor of each form again, on what the compressed model brings (``refitting``)
     recalibrated   and the running statistics of its BatchNorms from the calibration images
 
-The last stage costs a good fit some tenths of a point and saves a bad one: that with the least change is kept.
+The last stage costs a good fit some tenths of a point and saves a bad one: the state with the least change is
+kept.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class _Stages:
         self.kept = ""
 
     def done(self, stage: str) -> None:
-        """Keep the state if its change is the least; where there is no change to tell, the latest but BatchNorm's."""
+        """Keep the state if its change is the least; where none is defined, that of the sequential refit."""
         if self.subject.comparable:
             self.changes[stage] = change_of(self.expected, self.small, self.subject.batches)
             better = self.changes[stage] <= min(self.changes.values())

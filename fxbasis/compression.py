@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .errors import FxBasisWarning, InputError, PlanError
+from .calibrating import fit_to_data_
+from .choices import asked_for
+from .errors import FxBasisWarning, InputError, PlanError, SelectionError
 from .forms import layer_plan
 from .kernels import kernel_of
+from .passes.folding import fold
 from .passes.numbering import conv_layers, number_convs
 from .passes.records import ConvRecord
 from .passes.rewriting import check_plan, check_weight, effective_weight_note, rewrite
 from .passes.selection import Layers, select
 from .passes.settings import WeightOf
-from .passes.tracing import trace
+from .planning import plan_for
+from .proposals import PROPOSED
 from .proving import rewrite_difference
-from .recipe import Plan
-from .running import ExampleInputs
+from .recipe import FORECAST, Plan
+from .running import ExampleInputs, copy_model
+from .sensitivities import estimator_for
+from .subjects import Subject, subject_of
 from .timing import without_slower
 
 __all__ = ["compress", "plan_of"]
@@ -43,6 +51,13 @@ def compress(
     effective_weights: bool = False,
     keep_if_slower: bool = True,
     threads: int = 1,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    max_drop: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    forms: Sequence[str] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
 ) -> nn.Module:
     """A compressed copy: each selected ``name`` becomes ``name.basis`` and ``name.composition``.
 
@@ -75,7 +90,11 @@ def compress(
         keep_if_slower: False to time each layer in ONNX Runtime at the sizes of the example inputs, from the
             cache of ``measure_layer``. What is slower than dense there stays dense, with an FxBasisWarning;
             another names the better rank of a layer just above a step. True times nothing.
-        threads: with which the layers are timed.
+        threads: with which layers and models are timed.
+        macs, params, latency, max_drop, forms, evaluate: instead of a rank, what ``plan`` plans for: budgets
+            as fractions of the whole model's, or the largest predicted change.
+        calibration: batches of inputs, without labels, to which every form is then fitted (see
+            ``calibrating``): means, metric, sequential refit. The fit is kept that changes the outputs least.
 
     Returns:
         A ``torch.fx.GraphModule`` where the model can be traced as a whole, otherwise a module tree of the
@@ -97,26 +116,44 @@ def compress(
         raise InputError(
             "compress needs example_inputs to prove its result; pass one batch that the model takes"
         )
-    traced = trace(model, example_inputs)
-    if plan is None:
+    limits = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop}
+    if plan is not None and any(value is not None for value in limits.values()):
+        raise SelectionError("plan= decides instead of a budget; pass one of them")
+    subject = subject_of(model, example_inputs, calibration)
+    traced = subject.model if calibration is None else copy_model(subject.model)
+    rules = {"macs_ratio": macs_ratio, "params_ratio": params_ratio, "energy": energy, "evbmf": evbmf or None}
+    chosen = {name: value for name, value in rules.items() if value is not None}
+    if any(value is not None for value in limits.values()):
+        if chosen:
+            raise SelectionError(f"{next(iter(chosen))}= and a budget both say the ranks; pass one of them")
+        estimator = estimator_for(None, calibration, evaluate)
+        how = {"evaluate": evaluate, "path": None, "executor": None, "minutes": None}
+        asked = asked_for(**limits)
+        tried = PROPOSED if forms is None else forms
+        plan = plan_for(subject, asked, layers, tried, estimator, multiple, "sum", threads, how)
+    elif plan is None:
         table = number_convs(traced, example_inputs, effective_weights=effective_weights)
-        rules = {
-            "macs_ratio": macs_ratio,
-            "params_ratio": params_ratio,
-            "energy": energy,
-            "evbmf": evbmf or None,
-        }
-        chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
         settings = {"form": form, "method": method, "fixed_basis": fixed_basis, "multiple": multiple}
-        plan = select(table, layers, weight_of=_weight_in(traced), **chosen, **settings)
+        plan = select(table, layers, weight_of=_weight_in(traced), **(chosen or {"size": size}), **settings)
     else:
         plan = _given(plan)
     if not keep_if_slower:
         _check(traced, plan)
         plan = without_slower(plan, number_convs(traced, example_inputs), threads)
+    return _rewritten(model, traced, plan, subject)
+
+
+def _rewritten(model: nn.Module, traced: nn.Module, plan: Plan, subject: Subject) -> nn.Module:
+    """Rewrite, prove, and fit to the calibration data if there are any; and prove that again."""
     _say(traced, plan)
     rewrite(traced, plan)
-    rewrite_difference(model, traced, example_inputs)
+    rewrite_difference(model, traced, subject.example)
+    forecast = dict(plan.forecast)
+    if subject.batches and plan.compressed:
+        forecast["fit"] = asdict(fit_to_data_(traced, subject))
+        rewrite_difference(fold(traced), traced, subject.example)
+    if forecast:
+        setattr(traced, FORECAST, forecast)
     return traced
 
 
@@ -156,7 +193,7 @@ def plan_of(model: nn.Module) -> Plan:
     found = tuple(plan for plan in plans if plan is not None)
     if len(found) != len(plans):
         raise PlanError(f"{type(model).__name__} was not made by compress; compress it first")
-    return Plan(found)
+    return Plan(found, getattr(model, FORECAST, {}))
 
 
 def _say(traced: nn.Module, plan: Plan) -> None:

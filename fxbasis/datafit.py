@@ -13,7 +13,6 @@ are small, exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,7 +68,9 @@ def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) 
     groups, rank = plan.groups, plan.rank // plan.groups
     rows = weight.reshape(groups, -1, moment.shape[1])
     size = rows.shape[1]
-    blocks = torch.stack([metric[k * size : (k + 1) * size, k * size : (k + 1) * size] for k in range(groups)])
+    blocks = torch.stack(
+        [metric[k * size : (k + 1) * size, k * size : (k + 1) * size] for k in range(groups)]
+    )
     values, vectors = torch.linalg.eigh(blocks)
     roots = values.clamp(min=1e-6 * float(values.max())).sqrt()
     root, back = (vectors * roots[:, None] @ vectors.mT, vectors / roots[:, None] @ vectors.mT)

@@ -118,7 +118,9 @@ def by_running(
         for found in fitted.values()
         for proposal, weights in found
     }
-    context = subject.digest("measured" if evaluate is None else f"{evaluate.__module__}.{evaluate.__qualname__}")
+    context = subject.digest(
+        "measured" if evaluate is None else f"{evaluate.__module__}.{evaluate.__qualname__}"
+    )
     results = sweep(points, compute, path=path, context=context, executor=executor, minutes=minutes)
     rows = {key: (row["change"], row["error"]) for key, row in results.items()}
     return {name: [rows.get(_key(one.layer)) for one, _ in found] for name, found in fitted.items()}

@@ -15,78 +15,19 @@ from typing import Any
 
 from torch import nn
 
-from .candidates import DENSE, Candidate, Choice, envelope, undominated
-from .errors import PlanError, SelectionError
+from .choices import Totals, asked_for, candidates_of, made_plan, planned, totals_of
+from .errors import SelectionError
+from .estimating import Fitted
 from .fronts import Front, front
-from .passes.profiling import profile
-from .passes.records import ConvRecord
+from .latency import planned_by_time
 from .passes.selection import Layers, matches
 from .proposals import PROPOSED
-from .recipe import LayerPlan, Plan
+from .recipe import Plan
 from .running import ExampleInputs
-from .sensitivities import Sensitivities, estimated, estimator_for, fitted_all, proposed
-from .solvers import choose, minimise
-from .subjects import Subject, plan_with, subject_of
+from .sensitivities import Sensitivities, check_forms, estimated, estimator_for, fitted_all, proposed
+from .subjects import Subject, subject_of
 
-__all__ = ["ParetoFront", "Totals", "candidates_of", "pareto", "plan", "planned", "totals_of"]
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Costs of the whole model, and the part of them that no plan changes; by name."""
-
-    whole: Mapping[str, float]
-    fixed: Mapping[str, float]
-
-    def budgets(self, fractions: Mapping[str, float]) -> dict[str, float]:
-        """What is left to the convolutions of fractions of the whole.
-
-        Raises:
-            PlanError: where the rest of the model alone exceeds one.
-        """
-        found = {name: part * self.whole[name] - self.fixed[name] for name, part in fractions.items()}
-        for name, left in found.items():
-            if left <= 0:
-                least = self.fixed[name] / self.whole[name]
-                raise PlanError(
-                    f"{name}={fractions[name]}: what is no convolution takes {least:.3f} of it already; raise it"
-                )
-        return found
-
-    def ratios(self, choice: Choice) -> dict[str, float]:
-        """The costs of the model after a choice over those before."""
-        return {
-            name: (choice.costs[name] + self.fixed[name]) / self.whole[name]
-            for name in choice.costs
-            if self.whole[name] > 0
-        }
-
-
-def totals_of(subject: Subject) -> Totals:
-    """MACs and parameters, for the example inputs."""
-    work = profile(subject.model, subject.example)
-    whole = {"macs": float(work.macs), "params": float(work.params)}
-    convs = {
-        "macs": sum(r.macs or 0 for r in subject.table),
-        "params": sum(r.params for r in subject.table),
-    }
-    return Totals(whole, {name: whole[name] - convs[name] for name in whole})
-
-
-def candidates_of(subject: Subject, table: Sensitivities) -> list[list[Candidate]]:
-    """For each convolution the dense candidate, and those of the table, monotone and undominated."""
-    by_number: dict[int, list[Candidate]] = {record.index: [] for record in subject.table}
-    for row in table:
-        by_number[row.layer.number].append(row.candidate())
-    return [
-        [_dense(record), *undominated(envelope(by_number[record.index]), ["macs", "params"])]
-        for record in subject.table
-    ]
-
-
-def _dense(record: ConvRecord) -> Candidate:
-    costs = {"macs": float(record.macs or 0), "params": float(record.params)}
-    return Candidate(record.index, DENSE, (), costs, 0.0)
+__all__ = ["ParetoFront", "pareto", "plan", "plan_for"]
 
 
 def plan(
@@ -96,6 +37,7 @@ def plan(
     calibration: Iterable[Any] | None = None,
     macs: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
     max_drop: float | None = None,
     layers: Layers = "all",
     forms: Sequence[str] = PROPOSED,
@@ -106,6 +48,7 @@ def plan(
     path: str | Path | None = None,
     executor: Executor | None = None,
     minutes: float | None = None,
+    threads: int = 1,
 ) -> Plan:
     """The plan of least predicted change within budgets, or the cheapest within a largest change.
 
@@ -113,6 +56,8 @@ def plan(
         model, example_inputs, calibration, layers, forms, estimator, evaluate, multiple, path, executor,
             minutes: as of ``sensitivities``, which are computed first.
         macs, params: budgets, as fractions of the whole model's.
+        latency: a budget too, of the time in ONNX Runtime with ``threads``. Layers are timed one by one, and
+            plans are built and measured whole, beside the original, until one keeps the budget.
         max_drop: instead of budgets, the largest predicted change, in the unit of the sensitivities; what
             is minimised are the MACs.
         combine: "sum", or "paper" for the averages of arXiv 2408.06024, in which budgets are too.
@@ -133,63 +78,38 @@ def plan(
         SelectionError: without a budget, or with a budget and ``max_drop``.
         InputError: as ``sensitivities``.
     """
-    asked = _asked(macs=macs, params=params, max_drop=max_drop)
+    asked = asked_for(macs=macs, params=params, latency=latency, max_drop=max_drop)
     subject = subject_of(model, example_inputs, calibration)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     name = estimator_for(estimator, calibration, evaluate)
-    table = _table(subject, layers, forms, multiple, name, how)
+    return plan_for(subject, asked, layers, forms, name, multiple, combine, threads, how)
+
+
+def plan_for(
+    subject: Subject,
+    asked: Mapping[str, float],
+    layers: Layers,
+    forms: Sequence[str],
+    estimator: str,
+    multiple: int,
+    combine: str,
+    threads: int,
+    how: Mapping[str, Any],
+) -> Plan:
+    """``plan`` for a model under study."""
+    fitted, table = _table(subject, layers, forms, multiple, estimator, how)
+    if "latency" in asked:
+        return planned_by_time(subject, fitted, table, asked, combine, threads)
     return planned(subject, table, asked, combine)
-
-
-def _asked(**limits: float | None) -> dict[str, float]:
-    asked = {name: float(value) for name, value in limits.items() if value is not None}
-    if not asked:
-        raise SelectionError("there is nothing to plan for; pass macs=, params=, latency= or max_drop=")
-    if "max_drop" in asked and len(asked) > 1:
-        raise SelectionError("max_drop and a budget contradict each other; pass one of them")
-    for name, value in asked.items():
-        if not (value > 0 and (name == "max_drop" or value <= 1)):
-            raise SelectionError(f"{name}={value} is no fraction in (0, 1]; pass for example {name}=0.5")
-    return asked
 
 
 def _table(
     subject: Subject, layers: Layers, forms: Sequence[str], multiple: int, name: str, how: Mapping[str, Any]
-) -> Sensitivities:
+) -> tuple[dict[str, list[Fitted]], Sensitivities]:
+    check_forms(forms)
     proposals = proposed(subject, forms, multiple, matches(layers, subject.table))
-    return estimated(subject, fitted_all(subject, proposals), name, **how)
-
-
-def planned(subject: Subject, table: Sensitivities, asked: Mapping[str, float], combine: str = "sum") -> Plan:
-    """The plan that a table of sensitivities means."""
-    totals, layers = totals_of(subject), candidates_of(subject, table)
-    if "max_drop" in asked:
-        choice = minimise(layers, "macs", asked["max_drop"], combine)
-    else:
-        choice = choose(layers, totals.budgets(asked), combine)
-    return _plan(subject, table, choice, totals, asked)
-
-
-def _plan(
-    subject: Subject, table: Sensitivities, choice: Choice, totals: Totals, asked: Mapping[str, float]
-) -> Plan:
-    rows = {(row.layer.number, row.layer.form, row.layer.ranks): row.layer for row in table}
-    chosen = {
-        one.layer: rows[one.layer, one.form, one.ranks] for one in choice.candidates if one.form != DENSE
-    }
-    forecast = {
-        "asked": dict(asked),
-        **totals.ratios(choice),
-        "change": choice.change,
-        "error": choice.error,
-        "unit": table.unit,
-        "estimator": table.estimator,
-        "images": table.images,
-        "solver": choice.method,
-        "objective": choice.objective,
-        "bound": choice.bound,
-    }
-    return Plan(plan_with(subject.table, chosen, "the plan leaves it dense").layers, forecast)
+    fitted = fitted_all(subject, proposals)
+    return fitted, estimated(subject, fitted, name, **how)
 
 
 @dataclass(frozen=True)
@@ -223,7 +143,7 @@ class ParetoFront:
 
     def plan(self, index: int) -> Plan:
         """The plan of one point."""
-        return _plan(self.subject, self.table, self.found[index], self.totals, {})
+        return made_plan(self.subject, self.table, self.found[index], self.totals, {})
 
 
 def pareto(
@@ -259,6 +179,6 @@ def pareto(
     subject = subject_of(model, example_inputs, calibration)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     name = estimator_for(estimator, calibration, evaluate)
-    table = _table(subject, layers, forms, multiple, name, how)
+    table = _table(subject, layers, forms, multiple, name, how)[1]
     found = front(candidates_of(subject, table), cost)
     return ParetoFront(cost, table.unit, subject, table, totals_of(subject), found)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .costs import dense_macs
 from .datafit import fit_to_data
@@ -44,13 +44,13 @@ def excluded(record: ConvRecord) -> str:
     return ""
 
 
-def proposals_of(
-    record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: int = 1
-) -> list[Proposal]:
+def proposals_of(record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: int = 1) -> list[Proposal]:
     """Every form at ranks from a tenth of the layer's MACs up, cheaper than dense, each once."""
     found: dict[tuple[str, tuple[int, ...]], Proposal] = {}
     point = record.kernel_size == (1, 1)
-    for form in dict.fromkeys("gauge" if point and form in ("cp", "cp4", "spatial") else form for form in forms):
+    for form in dict.fromkeys(
+        "gauge" if point and form in ("cp", "cp4", "spatial") else form for form in forms
+    ):
         for ratio in RATIOS:
             ranks = ranks_by_cost(record, ratio, "macs", form)
             ranks = rounded_down(record, ranks, multiple, form)

@@ -17,11 +17,12 @@ from .errors import PlanError
 from .files import write_whole
 from .structures import FORMS, Ranks, Step
 
-__all__ = ["DENSE", "LAYER", "LayerPlan", "Plan"]
+__all__ = ["DENSE", "FORECAST", "LAYER", "LayerPlan", "Plan"]
 
 FORMAT = 2
 DENSE = "dense"
 LAYER = "fxbasis_layer"  # the attribute of a module that holds its LayerPlan
+FORECAST = "fxbasis_forecast"  # the attribute of a compressed model that holds what was expected of it
 
 
 @dataclass(frozen=True, kw_only=True)

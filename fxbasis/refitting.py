@@ -1,11 +1,11 @@
 """Sequential refit: the last step of every form by least squares on what the compressed model itself brings.
 
-Layer by layer, in the order of calls: the features that the already compressed and refitted model feeds to the
-composition, against the outputs of the original layer at the same positions of the same images. So each layer
-also repairs what the layers before it did. Where the layer has a bias, or a BatchNorm alone reads its outputs,
-the mean is fitted too; the BatchNorm takes it into its running mean. One forward pass of each model (see
-``lockstep``); of each layer at most ``VALUES`` output values are kept, or ``PER_UNKNOWN`` positions for each
-unknown. Source: the asymmetric reconstruction of Zhang, Zou, He, Sun 2016, for any last factor.
+Layer by layer, in the order of calls: the features that the already compressed and refitted model feeds to
+the composition, against the outputs of the original layer at the same positions of the same images. So each
+layer also repairs what the layers before it did. Where the layer has a bias, or a BatchNorm alone reads its
+outputs, the mean is fitted too; the BatchNorm takes it into its running mean. One forward pass of each model
+(see ``lockstep``); of each layer at most ``VALUES`` output values are kept, or ``PER_UNKNOWN`` positions for
+each unknown. Source: the asymmetric reconstruction of Zhang, Zou, He, Sun 2016, for any last factor.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def targets_of(
         return keep
 
     for batch, inputs in enumerate(batches):
-        handles = [
-            layers[name].register_forward_hook(keeper(name, batch), prepend=True) for name in forms
-        ]
+        handles = [layers[name].register_forward_hook(keeper(name, batch), prepend=True) for name in forms]
         run(model, inputs)
         for handle in handles:
             handle.remove()
@@ -99,14 +97,15 @@ def refit_in_sequence_(
         targets: of ``targets_of``, for the same batches.
         batches: inputs; run side by side.
     """
-    norms, done = batchnorms_behind(model, forms), set()
+    last = {name: form.composition for name, form in forms.items()}
+    norms, done = batchnorms_behind(model, last), set()
 
     def visit(name: str, inputs: dict[int, Tensor]) -> None:
         if name not in done and all(len(targets[name]) > batch for batch in inputs):
             done.add(name)
             _refit(name, forms[name], inputs, targets[name], norms.get(name), batches)
 
-    lockstep(model, {name: form.composition for name, form in forms.items()}, batches, visit)
+    lockstep(model, last, batches, visit)
 
 
 def _refit(
@@ -135,13 +134,13 @@ def _refit(
             norm.running_mean.sub_(constant.flatten().to(norm.running_mean))
 
 
-def batchnorms_behind(model: nn.Module, forms: Mapping[str, BasisConv2d]) -> dict[str, nn.BatchNorm2d]:
-    """By name the BatchNorm that alone reads a form's outputs, where a graph shows it.
+def batchnorms_behind(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.BatchNorm2d]:
+    """By name the BatchNorm that alone reads a layer's outputs, where a graph shows it.
 
     Its statistics must be its own: one that is called elsewhere too is left alone.
     """
     found: dict[str, nn.BatchNorm2d] = {}
-    names = {id(form.composition): name for name, form in forms.items()}
+    names = {id(layer): name for name, layer in layers.items()}
     for graph in (part for part in model.modules() if isinstance(part, fx.GraphModule)):
         modules = dict(graph.named_modules(remove_duplicate=False))
         calls = [node for node in graph.graph.nodes if node.op == "call_module"]

@@ -38,10 +38,24 @@ from .structures import FORMS
 from .subjects import IMAGES, Subject, first_images, subject_of
 from .tables import aligned
 
-__all__ = ["ESTIMATORS", "Sensitivities", "Sensitivity", "estimated", "estimator_for", "fitted_all", "proposed", "sensitivities"]
+__all__ = [
+    "ESTIMATORS",
+    "Sensitivities",
+    "Sensitivity",
+    "check_forms",
+    "estimated",
+    "estimator_for",
+    "fitted_all",
+    "proposed",
+    "sensitivities",
+]
 
 ESTIMATORS = ("fisher", "kfac", "output", "weight", "measured", "evaluate")
-_UNITS = {"output": "of the output's squares", "weight": "of the weight's squares", "evaluate": "of the score"}
+_UNITS = {
+    "output": "of the output's squares",
+    "weight": "of the weight's squares",
+    "evaluate": "of the score",
+}
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,7 @@ def sensitivities(
         SelectionError: for an unknown estimator or form, or layers that do not exist.
     """
     name = estimator_for(estimator, calibration, evaluate)
-    _check_forms(forms)
+    check_forms(forms)
     subject = subject_of(model, example_inputs, calibration)
     chosen = matches(layers, subject.table)
     proposals = proposed(subject, forms, multiple, chosen)
@@ -192,6 +206,7 @@ def sensitivities(
 
 
 def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str:
+    """The estimator that is meant, when it has what it needs."""
     if estimator is None:
         return "evaluate" if evaluate is not None else "weight" if calibration is None else "fisher"
     if estimator not in ESTIMATORS:
@@ -203,7 +218,8 @@ def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str
     return estimator
 
 
-def _check_forms(forms: Sequence[str]) -> None:
+def check_forms(forms: Sequence[str]) -> None:
+    """Refuse, by a SelectionError, forms that no plan can use."""
     for form in forms:
         if form not in FORMS or form in ("weight", "reduced"):
             known = ", ".join(name for name in FORMS if name not in ("weight", "reduced"))
@@ -216,7 +232,9 @@ def proposed(
     """The proposals of each layer that can be compressed, by name."""
     numbers = None if chosen is None else set(chosen)
     records = [r for r in subject.table if r.name in subject.layers]
-    return {r.name: proposals_of(r, forms, multiple) for r in records if numbers is None or r.index in numbers}
+    return {
+        r.name: proposals_of(r, forms, multiple) for r in records if numbers is None or r.index in numbers
+    }
 
 
 def fitted_all(subject: Subject, proposals: Mapping[str, Sequence[Proposal]]) -> dict[str, list[Fitted]]:

@@ -77,7 +77,12 @@ def observed(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[T
 
 
 def _gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: ExampleInputs, seed: int, *, needed: bool = True
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: ExampleInputs,
+    seed: int,
+    *,
+    needed: bool = True,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Each call of a layer in one batch: its name, its input, and the gradient at its output.
 

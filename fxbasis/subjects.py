@@ -101,9 +101,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def subject_of(
-    model: nn.Module, example_inputs: ExampleInputs, calibration: Iterable[Any] | None
-) -> Subject:
+def subject_of(model: nn.Module, example_inputs: ExampleInputs, calibration: Iterable[Any] | None) -> Subject:
     """Trace, number, and read the batches.
 
     Raises:

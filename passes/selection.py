@@ -152,7 +152,7 @@ def _some(found: dict[int, int], selector: Any, why: str) -> dict[int, int]:
 
 
 def _close(name: str, table: ConvTable) -> str:
-    close = difflib.get_closematches(name, [record.name for record in table], n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, [record.name for record in table], n=3, cutoff=0.4)
     return f"; close matches: {', '.join(close)}" if close else "; see number_convs(model) for the names"
 
 

@@ -92,6 +92,8 @@ LAYERS = {
         "estimating",
         "sensitivities",
         "calibrating",
+        "choices",
+        "latency",
         "planning",
         "compression",
         "saving",
