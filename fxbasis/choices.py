@@ -39,7 +39,7 @@ class Totals:
             if left <= 0:
                 least = self.fixed[name] / self.whole[name]
                 raise PlanError(
-                    f"{name}={fractions[name]}: what is no convolution takes {least:.3f} of it already; raise it"
+                    f"{name}={fractions[name]}: what is no convolution takes {least:.3f} of it; raise it"
                 )
         return found
 

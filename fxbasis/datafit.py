@@ -28,7 +28,8 @@ __all__ = ["error_of", "features", "fit_to_data", "refit", "renewed"]
 
 WORK = 60e9
 """Multiply-adds that renewing one layer may take."""
-ROUNDS, STEPS, SWEEPS = 6, 6, 15
+ROUNDS, SHORT, STEPS, SWEEPS = 8, 2, 6, 15
+"""Rounds of a thorough fit and of a short one, steps of conjugate gradients, sweeps before a short fit."""
 DAMPING = 1e-3
 Weights = dict[str, Tensor]
 
@@ -50,7 +51,7 @@ def fit_to_data(
     if plan.form in ("output", "gauge"):
         return _projected(weight, plan, moment, metric)
     start = fit(weight, plan) if thorough else _start(weight, plan)
-    return renewed(weight, plan, start, moment, metric)
+    return renewed(weight, plan, start, moment, metric, ROUNDS if thorough else SHORT)
 
 
 def _start(weight: Tensor, plan: LayerPlan) -> Weights:
@@ -68,9 +69,8 @@ def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) 
     groups, rank = plan.groups, plan.rank // plan.groups
     rows = weight.reshape(groups, -1, moment.shape[1])
     size = rows.shape[1]
-    blocks = torch.stack(
-        [metric[k * size : (k + 1) * size, k * size : (k + 1) * size] for k in range(groups)]
-    )
+    parts = [slice(group * size, (group + 1) * size) for group in range(groups)]
+    blocks = torch.stack([metric[part, part] for part in parts])
     values, vectors = torch.linalg.eigh(blocks)
     roots = values.clamp(min=1e-6 * float(values.max())).sqrt()
     root, back = (vectors * roots[:, None] @ vectors.mT, vectors / roots[:, None] @ vectors.mT)
@@ -119,12 +119,17 @@ def _image_in(moment: Tensor, metric: Tensor | None) -> Callable[[Tensor], Tenso
 
 
 def renewed(
-    weight: Tensor, plan: LayerPlan, weights: Mapping[str, Tensor], moment: Tensor, metric: Tensor
+    weight: Tensor,
+    plan: LayerPlan,
+    weights: Mapping[str, Tensor],
+    moment: Tensor,
+    metric: Tensor,
+    rounds: int,
 ) -> Weights:
-    """The steps after some rounds of renewing each of them in turn; as many rounds as ``WORK`` buys."""
+    """The steps after so many rounds of renewing each of them in turn, or as many as ``WORK`` buys."""
     image, found = _image_in(moment, metric), refit(weight, plan, weights, moment)
     one = weight.numel() * moment.shape[1] * STEPS * (len(plan.steps) - 1)
-    for _ in range(min(ROUNDS, int(WORK // one))):
+    for _ in range(min(rounds, int(WORK // one))):
         for step in plan.steps[:-1]:
             name = f"{step.name}.weight"
             found[name] = _descend(_with(plan, found, name), found[name], weight, image)
@@ -142,8 +147,8 @@ def _descend(
     made: Callable[[Tensor], Tensor], start: Tensor, weight: Tensor, image: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Conjugate gradients on the least squares of one step, from where it stands."""
-    value, (reached, pull) = start, torch.func.vjp(made, start)
-    residual = pull(image(weight - reached))[0]
+    reached, pull, *_ = torch.func.vjp(made, start)
+    value, residual = start, pull(image(weight - reached))[0]
     direction, size = residual, residual.square().sum()
     enough = 1e-12 * float(size)
     for _ in range(STEPS):

@@ -40,7 +40,7 @@ def _change(expected: Tensor, actual: Tensor) -> Tensor:
 
 
 def probe(output: Any, generator: torch.Generator) -> Tensor:
-    """A scalar whose gradient, for each image, is a random vector with the Hessian of the change as covariance.
+    """A scalar whose gradient at each image is random, with the Hessian of the change as its covariance.
 
     So the change caused by a small shift d of something inside is half the mean square of <gradient, d>.
     Of logits with probabilities p the vector is the sum over k of eps_k sqrt(p_k) (e_k - p), eps = +-1, whose

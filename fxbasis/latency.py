@@ -1,4 +1,4 @@
-"""Plans within a measured time: layers timed one by one, and whole models built and measured until one keeps it.
+"""Plans within a measured time: layers are timed one by one, and whole models until one keeps the budget.
 
 The sum over layers misjudges a whole model by some per cent (layouts, fusions, what lies between), so it only
 leads: each plan is exported and measured in turns with the original, and the next one aims lower or higher by
@@ -78,7 +78,7 @@ def _times_of(threads: int) -> Times:
 
 
 def _timed(subject: Subject, times: Times, threads: int) -> Totals:
-    """The totals with the time of the original, of which the convolutions' own times are its convolutions'."""
+    """The totals with the time of the original; what its convolutions do not take by themselves is fixed."""
     totals = totals_of(subject)
     whole = measure(subject.model, subject.example, runs=RUNS, threads=threads).median_ms
     convs = sum(times(record, DENSE, ()) for record in subject.table if record.calls)

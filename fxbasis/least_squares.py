@@ -20,7 +20,8 @@ def ridge_solve(gram: Tensor, cross: Tensor) -> Tensor:
     scale = gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
     normal = gram * scale[:, :, None] * scale[:, None]
     normal = normal + RIDGE * torch.eye(gram.shape[1], dtype=gram.dtype)
-    return torch.linalg.solve(normal, (cross * scale[:, None]).mT).mT * scale[:, None]
+    solved: Tensor = torch.linalg.solve(normal, (cross * scale[:, None]).mT).mT * scale[:, None]
+    return solved
 
 
 class Sums:

@@ -1,8 +1,9 @@
 """``plan`` and ``pareto``: which layers to compress, in which form, at which rank, within a budget.
 
-The predicted changes of single layers (``sensitivities``, made monotone) are added up, and the best choice is
-found exactly (``solvers``); leaving a layer dense is always among its candidates, so that no plan is predicted
-worse or dearer than the model. Sums hold up to about 0.3 nats; beyond they rank plans but promise too little.
+The predicted changes of single layers (``sensitivities``, made monotone) are added up, and the best choice
+is found exactly (``solvers``); leaving a layer dense is always among its candidates, so that no plan is
+predicted worse or dearer than the model. Sums hold up to about 0.3 nats; beyond they rank plans, but promise
+too little change.
 """
 
 from __future__ import annotations

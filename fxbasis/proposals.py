@@ -20,7 +20,7 @@ from .structures import FORMS, form_macs, form_params
 
 __all__ = ["PROPOSED", "Proposal", "excluded", "proposals_of", "shift_of", "step_weights"]
 
-PROPOSED = ("cp", "spatial", "gauge")
+PROPOSED = ("cp", "gauge")
 RATIOS = (0.1, 0.15, 0.22, 0.3, 0.4, 0.52, 0.67, 0.85)
 
 
@@ -47,10 +47,7 @@ def excluded(record: ConvRecord) -> str:
 def proposals_of(record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: int = 1) -> list[Proposal]:
     """Every form at ranks from a tenth of the layer's MACs up, cheaper than dense, each once."""
     found: dict[tuple[str, tuple[int, ...]], Proposal] = {}
-    point = record.kernel_size == (1, 1)
-    for form in dict.fromkeys(
-        "gauge" if point and form in ("cp", "cp4", "spatial") else form for form in forms
-    ):
+    for form in dict.fromkeys(_for_kernel(record, form) for form in forms):
         for ratio in RATIOS:
             ranks = ranks_by_cost(record, ratio, "macs", form)
             ranks = rounded_down(record, ranks, multiple, form)
@@ -58,6 +55,11 @@ def proposals_of(record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: 
             if made.macs < (record.macs or 0):
                 found.setdefault((form, ranks), made)
     return list(found.values())
+
+
+def _for_kernel(record: ConvRecord, form: str) -> str:
+    """A 1x1 kernel has no taps to split: cp and the like are the output form then, and gauge is cheaper."""
+    return "gauge" if record.kernel_size == (1, 1) and form in ("cp", "cp4", "spatial", "tt") else form
 
 
 def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal:
@@ -72,7 +74,9 @@ def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal
         method=FORMS[form].methods[0],
         ranks=ranks,
     )
-    assert record.output_size is not None and record.input_size is not None and record.macs is not None
+    assert record.output_size is not None
+    assert record.input_size is not None
+    assert record.macs is not None
     calls = record.macs // dense_macs(record.shape, record.output_size)
     macs = calls * form_macs(form, record.shape, ranks, record.output_size, record.input_size)
     return Proposal(layer, macs, form_params(form, record.shape, ranks))

@@ -9,8 +9,8 @@ Estimators, in nats for each image (``divergence``) unless said otherwise:
     output    relative squared error of the layer's outputs, tr[D M D^T] / tr[W M W^T]
     weight    relative squared error of the weight; the only one without calibration data
     measured  the change itself: one model built and run for each layer, form and rank
-    evaluate  the fall of a score, ``evaluate(model) -> float``, higher is better, in its unit. A function that
-              trains the model that it gets before it scores it gives the sensitivities of arXiv 2408.06024.
+    evaluate  the fall of a score, ``evaluate(model) -> float``, higher is better, in its unit. A function
+              that trains the model before it scores it gives the sensitivities of arXiv 2408.06024.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What is known of each convolution from unlabelled data: one forward and one backward pass.
 
-For every group of a layer: the mean of its patches and their second moment matrix, at sampled positions; for
-the layer the Fisher metric of its outputs, the second moment of the gradient of ``divergence.probe``. From the
-moments follow the error of any other weight, and the best one of any form (``datafit``); no image is looked
-at again. Sums are float64; the products of patches of more than ``WIDE`` numbers are float32, in chunks.
+For every group of a layer: the mean of its patches and their second moment matrix, at sampled positions;
+for the layer the Fisher metric of its outputs, the second moment of the gradient of ``divergence.probe``.
+From the moments follow the error of any other weight, and the best one of any form (``datafit``); no image is
+looked at again. Sums are float64; products of patches of more than ``WIDE`` numbers are float32, in chunks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LayerStatistics:
 
 @contextmanager
 def observed(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Keeps, for each call of a layer inside, its input and a zero added to its output, to take gradients at."""
+    """Keeps, for each call of a layer inside, its input and a zero added to its output, for gradients."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
     def hook(name: str) -> Any:
@@ -155,7 +155,8 @@ def _squared(patches: Tensor) -> Tensor:
     """(g, N, q) to the sum of x x^T (g, q, q)."""
     if patches.shape[2] <= WIDE:
         patches = patches.double()
-    return sum((part.mT @ part).double() for part in patches.split(4096, 1))  # type: ignore[return-value]
+    parts = torch.split(patches, 4096, 1)
+    return torch.stack([(part.mT @ part).double() for part in parts]).sum(0)
 
 
 def _finish(statistics: LayerStatistics, images: int) -> None:
@@ -206,7 +207,8 @@ def _against(
     inputs = input.reshape(-1, *input.shape[-3:])
     patch = layer.weight[0].numel() * layer.groups * images.shape[2] * images.shape[3]
     found = []
-    for part, grad in zip(*(t.split(max(1, CHUNK // patch)) for t in (inputs, images)), strict=True):
+    chunks = (torch.split(tensor, max(1, CHUNK // patch)) for tensor in (inputs, images))
+    for part, grad in zip(*chunks, strict=True):
         patches = all_patches(layer, part)  # (b, g, q, S)
         mine = grad.reshape(len(grad), layer.groups, -1, patches.shape[3])
         weights = mine @ patches.mT  # (b, g, C / g, q)
