@@ -115,6 +115,24 @@ def parse_input(text: str) -> torch.Tensor:
         raise UsageError(f"input {text!r} does not fit into memory; use smaller sizes") from error
 
 
+def load_function(spec: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise UsageError(f"function {spec!r} is not of the form module:function or file.py:function")
+    with _searching([Path(source).parent.resolve(), Path.cwd()]):
+        found = getattr(_import(source), name, None)
+    if not callable(found):
+        raise UsageError(
+            f"{source} has no function {name!r}; name one that takes a model and returns a score"
+        )
+    return found  # type: ignore[no-any-return]
+
+
 @contextmanager
 def _searching(folders: list[Path]) -> Iterator[None]:
     entries = [str(folder) for folder in folders]

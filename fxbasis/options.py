@@ -107,6 +107,8 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="compress classes that standardise their weight by the kernel they compute, too",
     )
+    add_budget(parser)
+    add_calibration(parser)
     parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of those above")
     parser.add_argument(
         "--keep-if-slower",
@@ -114,6 +116,56 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
         help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense",
     )
     add_timing(parser)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """What to plan for, and of what."""
+    group = parser.add_argument_group("planning: which layers, forms and ranks, for the whole model")
+    for name, what in (("macs", "MACs"), ("params", "parameters"), ("latency", "measured time")):
+        group.add_argument(f"--{name}", type=float, metavar="PART", help=f"at most this part of the {what}")
+    group.add_argument(
+        "--max-drop", type=float, help="least MACs within this predicted change (nats, or score)"
+    )
+    group.add_argument("--forms", help="forms that are tried, with commas (default cp,gauge)")
+    group.add_argument(
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        help="a function of a model to a score, higher is better, that sensitivities are measured by",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Unlabelled images."""
+    parser.add_argument(
+        "--calibration",
+        metavar="FOLDER",
+        help="images without labels, in any subfolders; prepared as torchvision or timm states for MODEL",
+    )
+    parser.add_argument("--images", type=count, default=1000, help="of them at most so many (default 1000)")
+
+
+def load_calibration(options: argparse.Namespace, example: Any) -> Any:
+    """Batches of the calibration folder; None without one."""
+    from .images import images_in, preparation_of
+
+    if options.calibration is None:
+        return None
+    return images_in(
+        options.calibration, tuple(example.shape[-3:]), preparation_of(options.model), options.images
+    )
+
+
+def planning(options: argparse.Namespace) -> dict[str, Any]:
+    """Budgets, forms and score, as far as given."""
+    from .models import load_function
+
+    names = ("macs", "params", "latency", "max_drop")
+    found = {name: getattr(options, name, None) for name in names}
+    if options.forms:
+        found["forms"] = tuple(options.forms.split(","))
+    if options.evaluate:
+        found["evaluate"] = load_function(options.evaluate)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def count(text: str) -> int:

@@ -16,6 +16,7 @@ from .costs import ConvShape
 from .errors import PlanError
 from .files import write_whole
 from .structures import FORMS, Ranks, Step
+from .tables import aligned
 
 __all__ = ["DENSE", "FORECAST", "LAYER", "LayerPlan", "Plan"]
 
@@ -105,6 +106,15 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __str__(self) -> str:
+        headers = ("#", "name", "form", "ranks", "why")
+        rows = [
+            [str(layer.number), layer.name, layer.form, ", ".join(map(str, layer.ranks)), layer.reason]
+            for layer in self
+        ]
+        told = [f"{name}: {value}" for name, value in self.forecast.items()]
+        return "\n".join([aligned(rows, headers, left=("name", "form", "why")), *told])
 
     @property
     def compressed(self) -> tuple[LayerPlan, ...]:

@@ -16,10 +16,13 @@ from .options import (
     add_model,
     add_model_options,
     add_timing,
+    load_calibration,
     load_chosen,
     load_pair,
     number,
+    planning,
 )
+from .plan_verbs import PLAN_VERBS
 
 __all__ = ["VERBS"]
 
@@ -62,7 +65,7 @@ def _compress(options: argparse.Namespace) -> Result:
     check_folder(Path(options.out))
     names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "effective_weights")
     chosen = {key: getattr(options, key) for key in names}
-    given = {key: value for key, value in chosen.items() if value is not None}
+    given = {key: value for key, value in chosen.items() if value is not None} | planning(options)
     if options.plan and given:
         flags = ", ".join(map(_flag, given))
         raise UsageError(f"--plan decides instead of {flags}; give one of them")
@@ -75,7 +78,8 @@ def _compress(options: argparse.Namespace) -> Result:
     model = load_chosen(options)
     keep = options.keep_if_slower or options.plan is not None
     timing = {"keep_if_slower": keep, "threads": options.threads}
-    small = compress(model, example, plan=options.plan, **given, **timing)
+    calibration = load_calibration(options, example)
+    small = compress(model, example, plan=options.plan, calibration=calibration, **given, **timing)
     random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
     done = report(
         model,
@@ -254,6 +258,7 @@ VERBS: dict[str, Verb] = {
     "layers": (_layers, "number the convolutions of a model, with sizes, MACs and status", _add_layers),
     "forms": (_forms, "what every form of one layer costs at equal work", _add_forms),
     "compress": (_compress, "compress a model, check it, export it, measure it, report", add_compress),
+    **PLAN_VERBS,
     "fold": (_fold, "fold a compressed model back to the original's structure", _add_fold),
     "profile": (_profile, "count MACs, parameters and activations, layer by layer", _add_profile),
     "export": (_export, "write a checked ONNX file of a model or its compressed version", _add_export),

@@ -99,8 +99,20 @@ LAYERS = {
         "saving",
         "diagnosis",
     ],
-    4: ["reporting"],
-    5: ["models", "demo.network", "demo.digits", "demo.job", "demo", "options", "verbs", "cli", "__main__"],
+    4: ["promises", "reporting"],
+    5: [
+        "models",
+        "images",
+        "demo.network",
+        "demo.digits",
+        "demo.job",
+        "demo",
+        "options",
+        "plan_verbs",
+        "verbs",
+        "cli",
+        "__main__",
+    ],
 }
 ORDER = [name for layer in LAYERS.values() for name in layer]
 

@@ -1,0 +1,100 @@
+"""Calibration images from a folder, prepared as the model was trained to see them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+from .progress import progress
+
+__all__ = ["Preparation", "images_in", "preparation_of"]
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+BATCH = 50
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes an input: the shorter side resized, the centre cut out, values normalised.
+
+    Attributes:
+        mean, std: of each channel, of values from 0 to 1.
+        crop: the cut-out over the resized image.
+        source: where these come from, for people.
+    """
+
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+    crop: float = 0.875
+    source: str = "the usual ones of ImageNet, as the model names none"
+
+    def __call__(self, image: Any, size: tuple[int, int, int]) -> Tensor:
+        """A PIL image to (C, H, W) of the given size."""
+        from torchvision.transforms import functional
+
+        channels, height, width = size
+        image = image.convert("L" if channels == 1 else "RGB")
+        short = round(max(height, width) / (self.crop if min(height, width) >= 64 else 1.0))
+        resized = functional.resize(image, [short], antialias=True)
+        cut = functional.to_tensor(functional.center_crop(resized, [height, width]))
+        mean, std = (torch.tensor(values).mean(0, keepdim=True) for values in (self.mean, self.std))
+        if channels != 1:
+            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (cut - mean[:, None, None]) / std[:, None, None]
+
+
+def preparation_of(spec: str) -> Preparation:
+    """The preparation that torchvision or timm states for a model; the usual one for others.
+
+    >>> preparation_of("torchvision:resnet18").mean
+    (0.485, 0.456, 0.406)
+    """
+    source, _, name = spec.partition(":")
+    if source == "torchvision":
+        from torchvision import models
+
+        found = models.get_model_weights(name).DEFAULT.transforms()
+        if hasattr(found, "crop_size"):
+            crop = found.crop_size[0] / found.resize_size[0]
+            return Preparation(tuple(found.mean), tuple(found.std), crop, "those of torchvision's weights")
+    if source == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(name)
+        if config is not None:
+            return Preparation(
+                tuple(config.mean), tuple(config.std), config.crop_pct, "those of timm's weights"
+            )
+    return Preparation()
+
+
+def images_in(
+    folder: str | Path, size: tuple[int, int, int], prepare: Preparation, most: int = 1000
+) -> list[Tensor]:
+    """Batches (50, C, H, W) of the images in a folder and its subfolders, at random if there are too many.
+
+    Raises:
+        UsageError: for a folder without images, or a damaged image.
+    """
+    from PIL import Image
+
+    path = Path(folder)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+    if not files:
+        raise UsageError(f"{folder} holds no images ({', '.join(ENDINGS)}); name a folder of images")
+    random.Random(0).shuffle(files)
+    found = []
+    for file in progress(files[:most], "reading images"):
+        try:
+            with Image.open(file) as image:
+                found.append(prepare(image, size))
+        except OSError as error:
+            raise UsageError(f"{file} is no image that can be read ({error}); take it out") from error
+    return list(torch.stack(found).split(BATCH))  # type: ignore[no-untyped-call]

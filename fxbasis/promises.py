@@ -1,0 +1,57 @@
+"""What a plan promised beside what was measured, in sentences of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["promised"]
+
+_NAMES = {"macs": "MACs", "params": "parameters", "latency": "time"}
+
+
+def promised(forecast: Mapping[str, Any], measured: Mapping[str, float]) -> list[str]:
+    """Paragraphs on a plan and on the fit to calibration data; none where there was neither.
+
+    >>> promised({"asked": {"macs": 0.5}, "macs": 0.49, "change": 0.02, "unit": "nats"}, {"macs": 0.49})
+    ['Planned for MACs at most 0.5. Predicted: MACs 0.490, change 0.02 nats.']
+
+    Args:
+        forecast: of a ``Plan``.
+        measured: ratios to the original by name: macs, params, latency.
+    """
+    found = []
+    if "asked" in forecast:
+        found.append(_planned(forecast))
+        broken = {name: limit for name, limit in forecast["asked"].items() if measured.get(name, 0.0) > limit}
+        found += [
+            f"**A promise failed: {_NAMES[name]} at most {limit}, measured {measured[name]:.3f}.**"
+            for name, limit in broken.items()
+        ]
+    if "fit" in forecast:
+        found.append(_fitted(forecast["fit"]))
+    return found
+
+
+def _planned(forecast: Mapping[str, Any]) -> str:
+    asked = [f"{_NAMES.get(name, name)} at most {limit}" for name, limit in forecast["asked"].items()]
+    told = [f"{_NAMES[name]} {forecast[name]:.3f}" for name in _NAMES if name in forecast]
+    told.append(f"change {forecast['change']:.3g} {forecast['unit']}")
+    text = f"Planned for {' and '.join(asked)}. Predicted: {', '.join(told)}"
+    if "estimator" in forecast:
+        text += (
+            f" (+- {forecast['error']:.1g}; {forecast['estimator']}, {forecast['images']} images; before the "
+            f"sequential refit; no plan of these candidates is below {forecast['bound']:.3g} "
+            f"{_NAMES.get(forecast['objective'], forecast['objective'])})"
+        )
+    return text + "."
+
+
+def _fitted(fit: Mapping[str, Any]) -> str:
+    if not fit["changes"]:
+        return f"Fitted to {fit['images']} images; its outputs have no change that could be compared."
+    stages = ", ".join(f"{stage} {change:.3g}" for stage, change in fit["changes"].items())
+    return (
+        f"Fitted to {fit['images']} images without labels. Mean change of the outputs on them, in nats, by stage: "
+        f"{stages}. Kept: {fit['kept']}."
+    )
