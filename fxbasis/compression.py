@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .compositions import ReducedComposition
 from .errors import FxBasisWarning, InputError, PlanError
-from .forms import layer_plan
+from .forms import BasisConv2d, layer_plan
 from .kernels import kernel_of
 from .passes.numbering import conv_layers, number_convs
 from .passes.records import ConvRecord
@@ -38,6 +40,7 @@ def compress(
     form: str = "output",
     method: str | None = None,
     fixed_basis: bool = False,
+    beta: float | None = None,
     plan: Plan | str | Path | None = None,
     effective_weights: bool = False,
 ) -> nn.Module:
@@ -60,11 +63,14 @@ def compress(
             the weight for low rank plus noise. Trained weights are not: ranks come out low and uneven.
         multiple: round ranks to a multiple of it (16 is a step of ONNX Runtime with AVX-512): down under
             ``macs_ratio`` and ``params_ratio``, otherwise up.
-        form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"input"``, ``"spatial"``,
-            ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
+        form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"reduced"``, ``"input"``,
+            ``"spatial"``, ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
         method: how its numbers are found; by default the first of those that the form has: ``"svd"``,
-            ``"eigen"``, ``"qr"`` (a subset of filters), ``"qr-unpivoted"``, ``"random"``, or ``"als"``.
+            ``"eigen"``, ``"qr"`` (a subset of filters), ``"qr-unpivoted"``, ``"random"``, ``"als"``; of the
+            reduced form ``"atoms"`` (learned), ``"subset"`` (true filters).
         fixed_basis: the first step has no gradients, so that only the others learn (BasisConv).
+        beta: of the reduced form, the part of the outputs that are sums of two atoms, 0.25 unless given; the
+            others are scaled copies of one. No output is a sum where a group has a single atom.
         plan: a plan, or the file of one, that decides instead of all the others.
         effective_weights: compress classes that compute their kernel from the stored weight in a forward of
             their own (weight standardisation) by that kernel; fold gives plain Conv2d for them. Otherwise
@@ -100,16 +106,30 @@ def compress(
             "evbmf": evbmf or None,
         }
         chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
-        settings = {"form": form, "method": method, "fixed_basis": fixed_basis, "multiple": multiple}
+        settings: dict[str, Any] = {"form": form, "method": method, "multiple": multiple}
+        settings |= {"fixed_basis": fixed_basis, "beta": beta}
         plan = select(table, layers, weight_of=_weight_in(traced), **chosen, **settings)
     elif isinstance(plan, (str, Path)):
         plan = Plan.from_json(plan)
     elif not isinstance(plan, Plan):
         raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
     _say(traced, plan)
-    rewrite(traced, plan)
+    _warn_of_repeated_outputs(rewrite(traced, plan))
     rewrite_difference(model, traced, example_inputs)
     return traced
+
+
+def _warn_of_repeated_outputs(forms: Iterable[BasisConv2d]) -> None:
+    for form in forms:
+        if isinstance(form.composition, ReducedComposition):
+            filters, distinct = form.out_channels, form.composition.distinct_outputs
+            if distinct < filters:
+                warnings.warn(
+                    f"{form.plan}: {filters - distinct} of its {filters} outputs repeat another one exactly, "
+                    "bias aside; a larger rank or beta may tell them apart",
+                    FxBasisWarning,
+                    stacklevel=3,
+                )
 
 
 def _weight_in(model: nn.Module) -> WeightOf:

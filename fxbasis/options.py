@@ -63,6 +63,28 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=count, default=1, help="threads for each run (default 1)")
 
 
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """The form, and what belongs to it."""
+    parser.add_argument(
+        "--form",
+        help="what stands for a convolution: output (default), gauge, weight, reduced, input, spatial, "
+        "tucker2, cp, cp4 or tt; `fxbasis forms` compares their costs",
+    )
+    parser.add_argument(
+        "--method",
+        help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als, atoms, subset",
+    )
+    parser.add_argument(
+        "--beta", type=float, help="of --form reduced: part of the outputs that are sums (default 0.25)"
+    )
+    parser.add_argument(
+        "--fixed-basis",
+        action="store_true",
+        default=None,
+        help="no gradients for the first step, so that only the others learn",
+    )
+
+
 def count(text: str) -> int:
     """A whole number from 1 to 100000."""
     if not text.isdecimal() or not 1 <= int(text) <= 100_000:

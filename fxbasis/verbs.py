@@ -12,6 +12,7 @@ from .options import (
     MODEL_HELP,
     Result,
     add_compressed,
+    add_form,
     add_model,
     add_model_options,
     add_timing,
@@ -75,20 +76,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
         type=count,
         help="round ranks to a multiple of this: down under a ratio of costs, otherwise up",
     )
-    parser.add_argument(
-        "--form",
-        help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
-        "cp4 or tt; `fxbasis forms` compares their costs",
-    )
-    parser.add_argument(
-        "--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als"
-    )
-    parser.add_argument(
-        "--fixed-basis",
-        action="store_true",
-        default=None,
-        help="no gradients for the first step, so that only the others learn",
-    )
+    add_form(parser)
     parser.add_argument(
         "--effective-weights",
         action="store_true",
@@ -107,7 +95,7 @@ def _compress(options: argparse.Namespace) -> Result:
     from .reporting import report
 
     check_folder(Path(options.out))
-    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "effective_weights")
+    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "beta", "effective_weights")
     chosen = {key: getattr(options, key) for key in names}
     given = {key: value for key, value in chosen.items() if value is not None}
     if options.plan and given:

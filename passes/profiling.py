@@ -1,8 +1,9 @@
 """``profile``: the work of each layer, counted from the operations that ran, beside the closed form.
 
 Counting convention: MACs, one for each multiply-add of a convolution or matrix product, for the example
-inputs as given (batch included); FLOPs = 2 x MACs. Elementwise work, normalisation, pooling and bias
-additions are not counted; every operation that ran and was not counted is listed in ``uncounted``.
+inputs as given (batch included); FLOPs = 2 x MACs. Elementwise work (but the copies and sums of the reduced
+form), normalisation, pooling and bias additions are not counted; every operation that ran and was not counted
+is listed in ``uncounted``.
 
 The count comes from ``counting`` and knows nothing of layers, forms or ranks; the formula comes from
 ``costs`` and knows nothing of the run.
@@ -250,7 +251,8 @@ def _break_even(record: ConvRecord, plan: LayerPlan | None) -> float | None:
     """R* of its form, of the output form for a layer left alone."""
     if plan is None or record.output_size is None or record.input_size is None:
         return record.shape.break_even_rank
-    return break_even_rank(plan.form, plan.shape, record.output_size, record.input_size)
+    sums = plan.ranks[1] if plan.form == "reduced" else 0
+    return break_even_rank(plan.form, plan.shape, record.output_size, record.input_size, sums)
 
 
 def _scopes(name: str, layer: nn.Conv2d | BasisConv2d) -> list[str]:
