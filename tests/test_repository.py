@@ -63,6 +63,7 @@ LAYERS = {
         "passes",
         "export.checking",
         "export.exporters",
+        "export.lowering",
         "export.exporting",
         "export.measuring",
         "export",
