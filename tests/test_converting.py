@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 
 PRODUCTS = ("output", "gauge", "weight")
 PAIRS = [(one, other) for one in PRODUCTS for other in PRODUCTS if one != other] + [("cp4", "cp")]
+PAIRS += [("reduced", other) for other in PRODUCTS]
 pairs = pytest.mark.parametrize(("before", "after"), PAIRS)
 
 
@@ -38,7 +39,8 @@ def test_the_function_stays(net: Net, before: str, after: str, size: float, tmp_
     assert plan_of(small) == plan
     forms = {layer.form for layer in plan_of(made).compressed if layer.groups < layer.out_channels}
     assert forms == {after}  # in the weight form the filters of a depthwise layer share a basis: it stays
-    assert [layer.ranks for layer in plan_of(made)] == [layer.ranks for layer in plan]
+    free = 1 if before == "reduced" else 3
+    assert [layer.ranks[:free] for layer in plan_of(made)] == [layer.ranks[:free] for layer in plan]
     assert not profile(made, net.example).disagreements
     assert close(output(fold(small), net.example), output(fold(made), net.example))
     assert list(fold(made).state_dict()) == list(net.state_dict())
@@ -71,6 +73,15 @@ def test_gradient_flags_hooks_and_a_fixed_basis_stay() -> None:
     flags = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
     assert flags == {"0.basis.weight": False, "0.composition.weight": True, "0.composition.bias": False}
     assert close(output(small, example), output(made, example))
+
+
+def test_atoms_beyond_the_rank_of_the_output_form_stay_and_nothing_becomes_reduced() -> None:
+    conv, example = nn.Conv2d(4, 16, 1), torch.randn(1, 4, 5, 5)
+    small = compress(conv, example, layers=1, form="reduced", size=8)
+    with pytest.raises(SelectionError, match="form='output': the model has the forms reduced"):
+        convert(small, "output")
+    with pytest.raises(SelectionError, match="form='reduced': the model has the forms output"):
+        convert(compress(conv, example, layers=1, size=2), "reduced")
 
 
 def test_layers_of_other_forms_stay(residual_net: Net) -> None:
