@@ -227,7 +227,7 @@ def _with_layers(table: Any, model: nn.Module) -> Iterator[tuple[ConvRecord, nn.
 def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: MacCounter) -> LayerProfile:
     scopes, outputs = _scopes(record.name, layer), record.elements or 0
     plan = layer.plan if isinstance(layer, BasisConv2d) else None
-    between = [f"{record.name}.{name}" for name in plan.called[:-1]] if plan else []
+    between = scopes[1:-1] if plan and plan.called else []
     return LayerProfile(
         number=record.index,
         name=record.name,
@@ -258,7 +258,8 @@ def _break_even(record: ConvRecord, plan: LayerPlan | None) -> float | None:
 def _scopes(name: str, layer: nn.Conv2d | BasisConv2d) -> list[str]:
     """The layer and its steps."""
     steps = layer.plan.steps if isinstance(layer, BasisConv2d) else ()
-    return [name, *(f"{name}.{step.name}" for step in steps)]
+    inside = f"{name}." if name else ""  # the model itself may be the layer
+    return [name, *(inside + step.name for step in steps)]
 
 
 def _others(model: nn.Module, counter: MacCounter, scopes: set[str]) -> list[LayerProfile]:
