@@ -199,9 +199,9 @@ def _links(tests: tuple[str, ...]) -> str:
 _HEAD = """# The founding paper's costs, the true ones, and what PyTorch does
 
 Written by [`costs.py`](costs.py). Millions of MACs (FLOPs = 2 x MACs; additions alone are not counted) of one
-image, stride 1, one group, no bias, the gradient of the input included. *Printed* is arXiv 2408.06024 word for
-word ([`paper.py`](../../fxbasis/paper.py)), *true* is the closed form of the library, *counted* is what ran:
-where the last two differ, this page is not written. R is half of the largest useful rank, beta is 0.25.
+image, stride 1, one group, no bias, the gradient of the input included. *Printed* is arXiv 2408.06024 word
+for word ([`paper.py`](../../fxbasis/paper.py)), *true* is the closed form of the library, *counted* is what
+ran: where the last two differ, this page is not written. R is half of the largest useful rank, beta is 0.25.
 
 With C filters of fan-in q (c input channels and Q taps, so that q = c Q) and S positions:
 
