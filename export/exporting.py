@@ -33,6 +33,7 @@ from .checking import (
     untraced_check,
 )
 from .exporters import EXPORTERS, ONNX_TOLERANCE, Exporter, Job, quiet
+from .lowering import with_measured_lowerings
 
 __all__ = ["ONNX_TOLERANCE", "OnnxFile", "export_onnx"]
 
@@ -76,7 +77,8 @@ def export_onnx(
     The model, its modes and buffers, and the random state stay as they are. The file is written whole or
     not at all. Its inputs carry the names of ``forward``'s parameters; a nest of tensors is flattened in
     order (``features_0``, ``features_1``); outputs carry the keys of a returned dict
-    (``_`` is appended to a name in use), else ``output``, or ``output_0``, ``output_1``.
+    (``_`` is appended to a name in use), else ``output``, or ``output_0``, ``output_1``. Compositions of the
+    reduced form become gathers or convolutions, each what is measured to be faster here, on one thread.
 
     Args:
         model: any module; only its eval-mode path for these inputs is exported.
@@ -143,7 +145,8 @@ def _prepare(model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: boo
     inputs = named_inputs(model, traced)
     dynamic = [n for n, t in inputs.items() if dynamic_batch and t.ndim and len(t) == batch_size(traced)]
     names = [f"{name}_" if name in inputs else name for name in outputs]
-    return Job(model, traced, frozenset(dynamic), names, checks, opset)
+    lowered = with_measured_lowerings(model, example_inputs)
+    return Job(lowered, traced, frozenset(dynamic), names, checks, opset)
 
 
 def _first_equal(job: Job, folder: Path, name: str) -> tuple[Path, Exporter, int, Difference]:

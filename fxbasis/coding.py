@@ -34,7 +34,8 @@ from .errors import InputError, SelectionError
 
 __all__ = ["BASES", "Code", "encode", "encode_groups"]
 
-_PARALLEL = 1e-6  # two atoms are one line where 1 - cos^2 is below: their coefficients would be huge
+_PARALLEL = 1e-3  # two atoms are one line where 1 - cos^2 is below: their coefficients would be large
+_EXACT = 1e-12  # what a second term must gain, as a part of the filter's energy, to be more than 0
 _FAINT = 1e-3  # a copy whose coefficient is below this fraction of its atom's largest does not set its scale
 _PATIENCE = 2  # alternations without a lower error before one gives up
 
@@ -121,6 +122,8 @@ def _code(gram: Tensor, atoms: Tensor, terms: int, scaled: bool) -> tuple[Code, 
         inner, cosines = inner * unit, products * unit * unit[:, None]
         one, two, energy = _best_pairs(inner, cosines)
         chosen = (energy - gain).argsort(descending=True, stable=True)[:terms]
+        second[chosen] = (first[chosen] + 1) % len(atoms)
+        chosen = chosen[(energy - gain - _EXACT * gram.diagonal())[chosen] > 0]
         one, two = one[chosen], two[chosen]
         first[chosen], second[chosen], gain[chosen] = one, two, energy[chosen]
         rho = cosines[one, two]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .calibrating import fit_to_data_
 from .choices import asked_for
+from .compositions import ReducedComposition
 from .errors import FxBasisWarning, InputError, PlanError, SelectionError
-from .forms import layer_plan
+from .forms import BasisConv2d, layer_plan
 from .kernels import kernel_of
 from .passes.folding import fold
 from .passes.numbering import conv_layers, number_convs
@@ -47,6 +48,7 @@ def compress(
     form: str = "output",
     method: str | None = None,
     fixed_basis: bool = False,
+    beta: float | None = None,
     plan: Plan | str | Path | None = None,
     effective_weights: bool = False,
     keep_if_slower: bool = True,
@@ -78,11 +80,14 @@ def compress(
             the weight for low rank plus noise. Trained weights are not: ranks come out low and uneven.
         multiple: round ranks to a multiple of it (16 is a step of ONNX Runtime with AVX-512): down under
             ``macs_ratio`` and ``params_ratio``, otherwise up.
-        form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"input"``, ``"spatial"``,
-            ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
+        form: a chain of convolutions: ``"output"``, ``"gauge"``, ``"weight"``, ``"reduced"``, ``"input"``,
+            ``"spatial"``, ``"tucker2"``, ``"cp"``, ``"cp4"`` or ``"tt"``; see ``fxbasis.structures``.
         method: how its numbers are found; by default the first of those that the form has: ``"svd"``,
-            ``"eigen"``, ``"qr"`` (a subset of filters), ``"qr-unpivoted"``, ``"random"``, or ``"als"``.
+            ``"eigen"``, ``"qr"`` (a subset of filters), ``"qr-unpivoted"``, ``"random"``, ``"als"``; of the
+            reduced form ``"atoms"`` (learned), ``"subset"`` (true filters).
         fixed_basis: the first step has no gradients, so that only the others learn (BasisConv).
+        beta: of the reduced form, the part of the outputs that are sums of two atoms, 0.25 unless given; the
+            others are scaled copies of one. No output is a sum where a group has a single atom.
         plan: a plan, or the file of one, that decides instead of all the others.
         effective_weights: compress classes that compute their kernel from the stored weight in a forward of
             their own (weight standardisation) by that kernel; fold gives plain Conv2d for them. Otherwise
@@ -133,7 +138,8 @@ def compress(
         plan = plan_for(subject, asked, layers, tried, estimator, multiple, "sum", threads, how)
     elif plan is None:
         table = number_convs(traced, example_inputs, effective_weights=effective_weights)
-        settings = {"form": form, "method": method, "fixed_basis": fixed_basis, "multiple": multiple}
+        settings: dict[str, Any] = {"form": form, "method": method, "multiple": multiple}
+        settings |= {"fixed_basis": fixed_basis, "beta": beta}
         plan = select(table, layers, weight_of=_weight_in(traced), **(chosen or {"size": size}), **settings)
     else:
         plan = _given(plan)
@@ -146,7 +152,7 @@ def compress(
 def _rewritten(model: nn.Module, traced: nn.Module, plan: Plan, subject: Subject) -> nn.Module:
     """Rewrite, prove, and fit to the calibration data if there are any; and prove that again."""
     _say(traced, plan)
-    rewrite(traced, plan)
+    _warn_of_repeated_outputs(rewrite(traced, plan))
     rewrite_difference(model, traced, subject.example)
     forecast = dict(plan.forecast)
     if subject.batches and plan.compressed:
@@ -169,6 +175,19 @@ def _check(traced: nn.Module, plan: Plan) -> None:
     convs = check_plan(traced, plan)
     for layer in plan.compressed:
         check_weight(convs[layer.name], layer)
+
+
+def _warn_of_repeated_outputs(forms: Iterable[BasisConv2d]) -> None:
+    for form in forms:
+        if isinstance(form.composition, ReducedComposition):
+            filters, distinct = form.out_channels, form.composition.distinct_outputs
+            if distinct < filters:
+                warnings.warn(
+                    f"{form.plan}: {filters - distinct} of its {filters} outputs repeat another one exactly, "
+                    "bias aside; a larger rank or beta may tell them apart",
+                    FxBasisWarning,
+                    stacklevel=3,
+                )
 
 
 def _weight_in(model: nn.Module) -> WeightOf:

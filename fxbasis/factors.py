@@ -8,56 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .compositions import GaugeComposition, ReducedComposition
 from .errors import LayerError
 from .kernels import bare_conv, conv_like
 from .recipe import LayerPlan
 from .structures import FORMS, Step
 
-__all__ = ["GaugeComposition", "chained", "factors_like", "folded", "product", "step_weight"]
-
-
-class GaugeComposition(nn.Module):
-    """The composition of the gauge form: its inputs, and 1x1 combinations of them, in another order.
-
-    Attributes:
-        weight: (out_channels - in_channels, in_channels / groups, 1, 1), of the outputs that are no copies.
-        bias: (out_channels,), or None.
-        order: (out_channels,), for each output its position among the copies and then the combinations.
-    """
-
-    def __init__(self, step: Step, like: Tensor, *, bias: bool) -> None:
-        super().__init__()
-        made = step.out_channels - step.copies
-        self.groups = step.groups
-        self.weight = nn.Parameter(like.new_empty(made, step.in_channels // step.groups, 1, 1))
-        self.bias = nn.Parameter(like.new_empty(step.out_channels)) if bias else None
-        self.order: Tensor
-        self.register_buffer("order", torch.arange(step.out_channels, device=like.device))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Copies and combinations of the basis convolution's output (..., in_channels, H, W)."""
-        outputs = [input]
-        if len(self.weight):
-            outputs.append(nn.functional.conv2d(input, self.weight, groups=self.groups))
-        output = self._ordered(torch.cat(outputs, -3))
-        return output if self.bias is None else output + self.bias[:, None, None]
-
-    def _ordered(self, outputs: Tensor) -> Tensor:
-        """The channels in their order, in the memory format that they come in."""
-        if outputs.is_contiguous() or outputs.ndim != 4:
-            return outputs.index_select(-3, self.order)
-        return outputs.movedim(1, 3).index_select(3, self.order).movedim(3, 1)
-
-    def dense_weight(self) -> Tensor:
-        """The weight of the 1x1 convolution with the same function: (out_channels, in_channels / g, 1, 1)."""
-        rank = self.weight.shape[1]
-        copies = torch.eye(rank, dtype=self.weight.dtype, device=self.weight.device).repeat(self.groups, 1)
-        return torch.cat([copies[:, :, None, None], self.weight]).index_select(0, self.order)
-
-    def extra_repr(self) -> str:
-        """Channels and groups."""
-        made, rank = self.weight.shape[0], self.weight.shape[1] * self.groups
-        return f"{rank}, {len(self.order)}, copies={len(self.order) - made}, groups={self.groups}"
+__all__ = ["chained", "factors_like", "folded", "product", "step_weight"]
 
 
 def factors_like(kernel: nn.Conv2d, plan: LayerPlan) -> dict[str, nn.Module]:
@@ -94,6 +51,8 @@ def _module(kernel: nn.Conv2d, step: Step, *, last: bool) -> nn.Module:
     bias = last and kernel.bias is not None
     if step.copies:
         return GaugeComposition(step, kernel.weight, bias=bias)
+    if step.sums is not None:
+        return ReducedComposition(step, kernel.weight, bias=bias)
     options = _options(kernel, step) if any(step.axes) else {}
     channels = (step.in_channels, step.out_channels, step.kernel_size)
     return bare_conv(*channels, kernel.weight, bias=bias, groups=step.groups, **options)
@@ -117,7 +76,9 @@ def _options(kernel: nn.Conv2d, step: Step) -> dict[str, Any]:
 
 def step_weight(module: nn.Module) -> Tensor:
     """The weight of the convolution with the same function as a step."""
-    return module.dense_weight() if isinstance(module, GaugeComposition) else cast(Tensor, module.weight)
+    if isinstance(module, (GaugeComposition, ReducedComposition)):
+        return module.dense_weight()
+    return cast(Tensor, module.weight)
 
 
 def product(plan: LayerPlan, factors: Mapping[str, nn.Module]) -> Tensor:

@@ -3,7 +3,7 @@
 The matrix forms are one factorisation W ~ A V of the weight, seen as a matrix (``bases``), and differ in what
 its rows and columns are: filters and their weights (output, gauge, weight), input channels and what follows
 from them (input), or what lies before and behind the cut between the axes (spatial). The tensor forms
-come from ``tensor_bases`` and ``cp``.
+come from ``tensor_bases`` and ``cp``, the reduced form from ``coding``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .bases import decompose
+from .coding import encode_groups
 from .cp import cp
 from .gauge import Gauge, regauge
 from .recipe import LayerPlan
@@ -38,7 +39,7 @@ class Unfolding:
 
 
 def unfoldings(weight: Tensor, groups: int, form: str) -> tuple[Unfolding, ...]:
-    """The matrices whose ranks the form cuts, by their singular values; cp, whose rank is another, has none.
+    """The matrices whose ranks the form cuts, by their singular values; cp and reduced have none.
 
     Args:
         weight: (out_channels, in_channels / groups, K_h, K_w), real and finite.
@@ -46,7 +47,7 @@ def unfoldings(weight: Tensor, groups: int, form: str) -> tuple[Unfolding, ...]:
         form: a key of ``structures.FORMS``.
     """
     blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
-    if form in ("cp", "cp4"):
+    if form in ("cp", "cp4", "reduced"):
         return ()
     if form in _TENSOR_FORMS:
         axes = blocks.permute(0, 2, 3, 4, 1)  # (g, I, K_h, K_w, O)
@@ -73,6 +74,8 @@ def fit(weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
     ranks = tuple(rank // groups for rank in plan.ranks)
     if plan.form in _TENSOR_FORMS:
         return named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
+    if plan.form == "reduced":
+        return _reduced(blocks.flatten(2), plan, ranks)
     return _matrix_fit(blocks, plan, ranks[0])
 
 
@@ -129,6 +132,26 @@ def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]
     if plan.form == "gauge":
         return gauge_factors(regauge(found.composition, found.basis))
     return {"basis.weight": found.basis, "composition.weight": found.composition}
+
+
+def _reduced(rows: Tensor, plan: LayerPlan, ranks: Ranks) -> dict[str, Tensor]:
+    """Atoms and code of the filters (g, C/g, q); copies stand first, then sums, both in their order."""
+    groups, filters, _ = rows.shape
+    codes = encode_groups(rows @ rows.mT, ranks[0], ranks[1] / filters, plan.method)
+    shift = ranks[0] * torch.arange(groups)[:, None]
+    first = (torch.stack([code.first for code in codes]) + shift).flatten()
+    second = torch.stack([code.second for code in codes])
+    second = torch.where(second < 0, -1, second + shift).flatten()
+    u, v = (torch.cat([getattr(code, name) for code in codes]) for name in "uv")
+    places = (second >= 0).to(torch.uint8).argsort(stable=True)
+    sums = places[groups * (filters - ranks[1]) :]
+    return {
+        "basis.weight": torch.stack([code.atoms for code in codes]) @ rows,
+        "composition.weight": torch.cat([u[places], v[sums]]),
+        "composition.first": first[places],
+        "composition.second": second[sums],
+        "composition.order": places.argsort(),
+    }
 
 
 def gauge_factors(gauge: Gauge) -> dict[str, Tensor]:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .carrying import carry_attributes, carry_hooks
+from .compositions import GaugeComposition, ReducedComposition
 from .errors import VerificationError
-from .factors import GaugeComposition, chained, factors_like, product
+from .factors import chained, factors_like, product
 from .kernels import bare_conv, conv_like, kernel_of
 from .recipe import LAYER, LayerPlan
 from .structures import FORMS
@@ -47,7 +48,7 @@ class BasisConv2d(nn.Module):
     transposed = False
     output_padding = (0, 0)
     basis: nn.Conv2d
-    composition: nn.Conv2d | GaugeComposition
+    composition: nn.Conv2d | GaugeComposition | ReducedComposition
 
     def __init__(self, factors: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class BasisConv2d(nn.Module):
         trained = {kind: _trained(conv, kind) for kind in ("weight", "bias")}
         for name, parameter in self.named_parameters():
             kind = name.rpartition(".")[2]
-            if kind == "weight":
+            if kind == "weight" and parameter.ndim == 4:
                 parameter.data = parameter.data.to(memory_format=layout)
             parameter.requires_grad_(trained[kind])
         if self.plan.fixed_basis:

@@ -47,7 +47,8 @@ class Preparation:
         mean, std = (torch.tensor(values).mean(0, keepdim=True) for values in (self.mean, self.std))
         if channels != 1:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        return (cut - mean[:, None, None]) / std[:, None, None]
+        made: Tensor = (cut - mean[:, None, None]) / std[:, None, None]
+        return made
 
 
 def preparation_of(spec: str) -> Preparation:

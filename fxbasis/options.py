@@ -87,20 +87,7 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
         type=count,
         help="round ranks to a multiple of this: down under a ratio of costs, otherwise up",
     )
-    parser.add_argument(
-        "--form",
-        help="what stands for a convolution: output (default), gauge, weight, input, spatial, tucker2, cp, "
-        "cp4 or tt; `fxbasis forms` compares their costs",
-    )
-    parser.add_argument(
-        "--method", help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als"
-    )
-    parser.add_argument(
-        "--fixed-basis",
-        action="store_true",
-        default=None,
-        help="no gradients for the first step, so that only the others learn",
-    )
+    add_form(parser)
     parser.add_argument(
         "--effective-weights",
         action="store_true",
@@ -116,6 +103,28 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
         help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense",
     )
     add_timing(parser)
+
+
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """The form, and what belongs to it."""
+    parser.add_argument(
+        "--form",
+        help="what stands for a convolution: output (default), gauge, weight, reduced, input, spatial, "
+        "tucker2, cp, cp4 or tt; `fxbasis forms` compares their costs",
+    )
+    parser.add_argument(
+        "--method",
+        help="how its numbers are found: svd, eigen, qr, qr-unpivoted, random, als, atoms, subset",
+    )
+    parser.add_argument(
+        "--beta", type=float, help="of --form reduced: part of the outputs that are sums (default 0.25)"
+    )
+    parser.add_argument(
+        "--fixed-basis",
+        action="store_true",
+        default=None,
+        help="no gradients for the first step, so that only the others learn",
+    )
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

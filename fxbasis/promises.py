@@ -52,6 +52,6 @@ def _fitted(fit: Mapping[str, Any]) -> str:
         return f"Fitted to {fit['images']} images; its outputs have no change that could be compared."
     stages = ", ".join(f"{stage} {change:.3g}" for stage, change in fit["changes"].items())
     return (
-        f"Fitted to {fit['images']} images without labels. Mean change of the outputs on them, in nats, by stage: "
-        f"{stages}. Kept: {fit['kept']}."
+        f"Fitted to {fit['images']} images without labels. Mean change of the outputs on them, in nats, by "
+        f"stage: {stages}. Kept: {fit['kept']}."
     )

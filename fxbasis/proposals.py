@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compositions import GaugeComposition
 from .costs import dense_macs
 from .datafit import fit_to_data
-from .factors import GaugeComposition, folded
+from .factors import folded
 from .fitting import fit
 from .passes.ranking import ranks_by_cost, rounded_down
 from .passes.records import NO_GAIN, OK, ConvRecord

@@ -15,7 +15,7 @@ from typing import Any
 from .costs import ConvShape
 from .errors import PlanError
 from .files import write_whole
-from .structures import FORMS, Ranks, Step
+from .structures import FORMS, Ranks, Step, settled
 from .tables import aligned
 
 __all__ = ["DENSE", "FORECAST", "LAYER", "LayerPlan", "Plan"]
@@ -36,7 +36,8 @@ class LayerPlan:
         in_channels, out_channels, kernel_size, groups: its shape, by which the model is recognised.
         form: a key of ``structures.FORMS``, or ``"dense"`` for a layer left alone.
         method: how the numbers of the form are found; empty when dense.
-        ranks: channels between its steps, over all groups: one for most forms; none when dense.
+        ranks: channels between its steps, over all groups: one for most forms; none when dense. Of the
+            reduced form the atoms and the sums, of which there may be none.
         fixed_basis: the first step is not trained.
         reason: why it is left dense, or a remark.
         effective: rewritten is not the stored weight, but the kernel that its own class makes of it.
@@ -220,17 +221,27 @@ def _check_ranks(layer: LayerPlan, where: str) -> None:
         if layer.ranks:
             raise PlanError(f"{where}: {layer} is dense and has ranks {layer.ranks}; make the plan again")
         return
-    largest = FORMS[layer.form].largest_ranks(layer.shape, layer.method)
-    groups = FORMS[layer.form].steps(layer.shape, largest)[-1].groups
-    if len(largest) != len(layer.ranks) or not all(
-        1 <= rank <= most for rank, most in zip(layer.ranks, largest, strict=True)
-    ):
-        raise PlanError(
-            f"{where}: {layer}: ranks {layer.ranks} are not between 1 and {largest}, "
-            f"the largest useful ranks of the {layer.form} form; make the plan again"
-        )
+    _check_range(layer, where)
+    groups = layer.steps[-1].groups
     if any(rank % groups for rank in layer.ranks):
         raise PlanError(
             f"{where}: {layer}: ranks {layer.ranks} are no multiples of its {groups} groups; "
+            "make the plan again"
+        )
+
+
+def _check_range(layer: LayerPlan, where: str) -> None:
+    reduced, largest = layer.form == "reduced", FORMS[layer.form].largest_ranks(layer.shape, layer.method)
+    least = (1, 0) if reduced else (1,) * len(largest)
+    if len(largest) != len(layer.ranks) or not all(
+        low <= rank <= most for low, rank, most in zip(least, layer.ranks, largest, strict=True)
+    ):
+        raise PlanError(
+            f"{where}: {layer}: ranks {layer.ranks} are not between {least if reduced else 1} and {largest}, "
+            f"the largest useful ranks of the {layer.form} form; make the plan again"
+        )
+    if reduced and settled(layer.form, layer.shape, layer.ranks) != layer.ranks:
+        raise PlanError(
+            f"{where}: {layer}: ranks {layer.ranks} ask for sums of two where a group has one atom; "
             "make the plan again"
         )

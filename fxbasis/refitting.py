@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .compositions import GaugeComposition
 from .forms import BasisConv2d
 from .least_squares import Sums
 from .lockstep import lockstep
@@ -31,8 +32,8 @@ Targets = dict[str, list[Tensor]]
 
 
 def refittable(form: BasisConv2d) -> bool:
-    """Whether its last step is a plain convolution that is called by itself."""
-    return bool(form.plan.called) and type(form.composition) is nn.Conv2d
+    """Whether its last step is called by itself, and is linear in weights of its own."""
+    return bool(form.plan.called) and isinstance(form.composition, (nn.Conv2d, GaugeComposition))
 
 
 def targets_of(
@@ -116,22 +117,48 @@ def _refit(
     norm: nn.BatchNorm2d | None,
     batches: Sequence[ExampleInputs],
 ) -> None:
-    last = form.composition
-    assert isinstance(last, nn.Conv2d)
-    sums = Sums(last.groups, last.weight[0].numel(), last.out_channels // last.groups)
+    last, groups = form.composition, form.plan.steps[-1].groups
+    made = _made(form)
+    view = last if isinstance(last, nn.Conv2d) else nn.Conv2d(1, 1, 1, groups=1)  # a 1x1 patch is a pixel
+    sums = Sums(groups, last.weight[0].numel(), len(made) // groups)
+    copied, count = torch.zeros(form.out_channels, dtype=torch.float64), 0
     for batch, input in inputs.items():
         input = input if input.ndim == 4 else input[None]
-        size = output_size(last, input)
-        at = _positions(name, batch, len(input), size, _wanted(form, len(input), batches))
-        target = targets[batch].reshape(at.numel(), last.groups, -1).transpose(0, 1)
-        sums.add(sampled_patches(last, input, at.to(input.device)), target)
+        size = output_size(view, input)
+        at = _positions(name, batch, len(input), size, _wanted(form, len(input), batches)).to(input.device)
+        patches = sampled_patches(view, input, at, groups)
+        target = targets[batch]
+        sums.add(patches, target[:, made].reshape(at.numel(), groups, -1).transpose(0, 1))
+        copied += _copied(form, target, patches)
+        count += at.numel()
     weight, constant = sums.solve(with_mean=form.bias is not None or norm is not None)
+    constants = copied / max(1, count)
+    constants[made] = constant.flatten()
     with torch.no_grad():
         last.weight.copy_(weight.reshape(last.weight.shape))
         if form.bias is not None:
-            form.bias.copy_(constant.flatten())
+            form.bias.copy_(constants)
         elif norm is not None and norm.running_mean is not None:
-            norm.running_mean.sub_(constant.flatten().to(norm.running_mean))
+            norm.running_mean.sub_(constants.to(norm.running_mean))
+
+
+def _made(form: BasisConv2d) -> Tensor:
+    """The output channels that the composition's weight makes, in its order: all, or those that are no copies."""
+    last = form.composition
+    if isinstance(last, GaugeComposition):
+        return last.order.argsort()[form.plan.rank :].cpu()
+    return torch.arange(form.out_channels)
+
+
+def _copied(form: BasisConv2d, target: Tensor, patches: Tensor) -> Tensor:
+    """For the outputs that are copies the summed difference from their targets; 0 for the others."""
+    found = torch.zeros(form.out_channels, dtype=torch.float64)
+    last = form.composition
+    if isinstance(last, GaugeComposition):
+        copies = last.order.argsort()[: form.plan.rank].cpu()
+        given = patches.transpose(0, 1).flatten(1).to("cpu", torch.float64)
+        found[copies] = (target[:, copies].to("cpu", torch.float64) - given).sum(0)
+    return found
 
 
 def batchnorms_behind(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.BatchNorm2d]:

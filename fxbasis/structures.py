@@ -8,6 +8,8 @@ keeps the groups):
     output   basis c -> R, K_h x K_w         composition R -> C, 1x1           arXiv 2408.06024, 1906.04509
     gauge    basis c -> R, K_h x K_w         R outputs are copies of it, composition 1x1 makes the other C - R
     weight   one convolution, whose weight is composition x basis             arXiv 2408.06024
+    reduced  basis c -> R, K_h x K_w         each output a scaled copy of one   arXiv 2408.06024
+                                             of R, or a sum of two of them
     input    basis c -> R, 1x1               composition R -> C, K_h x K_w
     spatial  basis c -> R, K_h x 1           composition R -> C, 1 x K_w       Jaderberg et al. 2014
     tucker2  basis c -> R1, 1x1              core R1 -> R2, K_h x K_w          composition R2 -> C, 1x1
@@ -17,6 +19,10 @@ keeps the groups):
                                              composition R -> C, 1x1           Lebedev et al. 2015
     tt       basis c -> R1, 1x1              vertical R1 -> R2, K_h x 1, horizontal R2 -> R3, 1 x K_w,
                                              composition R3 -> C, 1x1          tensor train (Oseledets 2011)
+
+The ranks of the reduced form are R and the number of its sums. A scaled copy costs one MAC and a sum two, so
+its composition has C + sums weights. (Copies would cost none where a BatchNorm absorbed their scales; nothing
+here is absorbed, so all are counted.)
 
 Stride, padding and dilation of an axis go with the step that has the kernel of that axis, so the steps before
 it work on the input's positions and it and the later ones on the output's. The bias is the last step's.
@@ -31,6 +37,7 @@ from math import prod
 from typing import TypeAlias
 
 from .costs import ConvShape, dense_macs, dense_params
+from .steps import STEPS, Ranks, Step, weight_groups
 
 __all__ = [
     "FORMS",
@@ -45,93 +52,7 @@ __all__ = [
     "weight_groups",
 ]
 
-Ranks: TypeAlias = tuple[int, ...]
 Size: TypeAlias = tuple[int, int]
-
-_POINT = (1, 1)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One convolution of a form.
-
-    Attributes:
-        name: of the submodule and the node.
-        in_channels, out_channels, kernel_size, groups: its shape.
-        axes: whether it has the stride, padding and dilation of the vertical and the horizontal axis.
-        copies: how many of its outputs are inputs of it as they are.
-    """
-
-    name: str
-    in_channels: int
-    out_channels: int
-    kernel_size: Size = _POINT
-    groups: int = 1
-    axes: tuple[bool, bool] = (False, False)
-    copies: int = 0
-
-    @property
-    def weights(self) -> int:
-        """Elements of its weight, which are its MACs at each position too."""
-        made = self.out_channels - self.copies
-        return made * (self.in_channels // self.groups) * prod(self.kernel_size)
-
-
-_BOTH, _HEIGHT, _WIDTH = (True, True), (True, False), (False, True)
-
-
-def _output(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    basis = Step("basis", shape.in_channels, ranks[0], shape.kernel_size, shape.groups, _BOTH)
-    return basis, Step("composition", ranks[0], shape.out_channels, groups=shape.groups)
-
-
-def _gauge(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    basis = _output(shape, ranks)[0]
-    return basis, Step("composition", ranks[0], shape.out_channels, groups=shape.groups, copies=ranks[0])
-
-
-def _weight(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    groups = weight_groups(shape)
-    basis = Step("basis", shape.fan_in * groups, ranks[0], groups=groups, axes=_BOTH)
-    return basis, Step("composition", ranks[0], shape.out_channels, groups=groups)
-
-
-def _input(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    last = Step("composition", ranks[0], shape.out_channels, shape.kernel_size, shape.groups, _BOTH)
-    return Step("basis", shape.in_channels, ranks[0], groups=shape.groups), last
-
-
-def _spatial(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    height, width = shape.kernel_size
-    basis = Step("basis", shape.in_channels, ranks[0], (height, 1), shape.groups, _HEIGHT)
-    return basis, Step("composition", ranks[0], shape.out_channels, (1, width), shape.groups, _WIDTH)
-
-
-def _around(shape: ConvShape, ranks: Ranks, *inner: Step) -> tuple[Step, ...]:
-    first = Step("basis", shape.in_channels, ranks[0], groups=shape.groups)
-    return first, *inner, Step("composition", ranks[-1], shape.out_channels, groups=shape.groups)
-
-
-def _tucker2(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    return _around(shape, ranks, Step("core", ranks[0], ranks[1], shape.kernel_size, shape.groups, _BOTH))
-
-
-def _cp(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    rank = ranks[0]
-    return _around(shape, ranks, Step("depthwise", rank, rank, shape.kernel_size, rank, _BOTH))
-
-
-def _cp4(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    rank, (height, width) = ranks[0], shape.kernel_size
-    vertical = Step("vertical", rank, rank, (height, 1), rank, _HEIGHT)
-    return _around(shape, ranks, vertical, Step("horizontal", rank, rank, (1, width), rank, _WIDTH))
-
-
-def _tt(shape: ConvShape, ranks: Ranks) -> tuple[Step, ...]:
-    height, width = shape.kernel_size
-    vertical = Step("vertical", ranks[0], ranks[1], (height, 1), shape.groups, _HEIGHT)
-    horizontal = Step("horizontal", ranks[1], ranks[2], (1, width), shape.groups, _WIDTH)
-    return _around(shape, ranks, vertical, horizontal)
 
 
 @dataclass(frozen=True)
@@ -140,7 +61,8 @@ class Form:
 
     Attributes:
         steps: the chain for a shape and ranks.
-        largest: the ranks of one group of (C/g) x (c/g) filters K_h x K_w at which it is exact.
+        largest: the ranks of one group of (C/g) x (c/g) filters K_h x K_w at which it is exact; the reduced
+            form is exact with as many atoms as filters, and any number of sums.
         methods: how its numbers can be found, the default first.
         whole_first: its first step convolves the input with the whole kernel, so that a class which prepares
             the input for that can be its class.
@@ -174,9 +96,11 @@ def settled(form: str, shape: ConvShape, ranks: Ranks) -> Ranks:
     >>> settled("tucker2", ConvShape(16, 32, (3, 3)), (16, 1))
     (9, 1)
     """
-    steps = FORMS[form].steps(shape, ranks)
     if len(ranks) == 1:
         return ranks
+    if form == "reduced":  # a sum takes two atoms
+        return ranks if ranks[0] > shape.groups else (ranks[0], 0)
+    steps = FORMS[form].steps(shape, ranks)
     taps, found = [prod(step.kernel_size) for step in steps], list(ranks)
     for index in range(1, len(ranks)):
         found[index] = min(found[index], found[index - 1] * taps[index])
@@ -193,24 +117,24 @@ def _filters(o: int, i: int, h: int, w: int) -> Ranks:
 
 
 FORMS: dict[str, Form] = {
-    "output": Form(_output, _filters, (*_MATRIX, "random"), whole_first=True),
-    "gauge": Form(_gauge, _filters, _MATRIX, whole_first=True),
-    "weight": Form(_weight, _filters, (*_MATRIX, "random"), saves="params"),
-    "input": Form(_input, lambda o, i, h, w: (min(i, o * h * w),), _MATRIX),
-    "spatial": Form(_spatial, lambda o, i, h, w: (min(i * h, o * w),), _MATRIX),
-    "tucker2": Form(_tucker2, lambda o, i, h, w: (min(i, o * h * w), min(o, i * h * w)), ("als", "svd")),
-    "cp": Form(_cp, lambda o, i, h, w: (min(h * w * min(i, o), i * o),), ("als",)),
-    "cp4": Form(_cp4, lambda o, i, h, w: (min(h * w * min(i, o), i * o * min(h, w)),), ("als",)),
+    "output": Form(STEPS["output"], _filters, (*_MATRIX, "random"), whole_first=True),
+    "gauge": Form(STEPS["gauge"], _filters, _MATRIX, whole_first=True),
+    "weight": Form(STEPS["weight"], _filters, (*_MATRIX, "random"), saves="params"),
+    "reduced": Form(STEPS["reduced"], lambda o, i, h, w: (o, o), ("atoms", "subset"), whole_first=True),
+    "input": Form(STEPS["input"], lambda o, i, h, w: (min(i, o * h * w),), _MATRIX),
+    "spatial": Form(STEPS["spatial"], lambda o, i, h, w: (min(i * h, o * w),), _MATRIX),
+    "tucker2": Form(
+        STEPS["tucker2"], lambda o, i, h, w: (min(i, o * h * w), min(o, i * h * w)), ("als", "svd")
+    ),
+    "cp": Form(STEPS["cp"], lambda o, i, h, w: (min(h * w * min(i, o), i * o),), ("als",)),
+    "cp4": Form(STEPS["cp4"], lambda o, i, h, w: (min(h * w * min(i, o), i * o * min(h, w)),), ("als",)),
     "tt": Form(
-        _tt, lambda o, i, h, w: (min(i, h * w * o), min(i * h, w * o), min(i * h * w, o)), ("als", "svd")
+        STEPS["tt"],
+        lambda o, i, h, w: (min(i, h * w * o), min(i * h, w * o), min(i * h * w, o)),
+        ("als", "svd"),
     ),
 }
 """Every form by name."""
-
-
-def weight_groups(shape: ConvShape) -> int:
-    """The groups of the weight form: of a depthwise convolution all channels share one basis."""
-    return shape.groups if shape.groups < shape.out_channels else 1
 
 
 def form_params(form: str, shape: ConvShape, ranks: Ranks) -> int:
@@ -236,16 +160,20 @@ def form_macs(
     return sum(_macs_of_steps(form, shape, ranks, output_size, input_size, batch))
 
 
-def break_even_rank(form: str, shape: ConvShape, output_size: Size, input_size: Size) -> float | None:
+def break_even_rank(
+    form: str, shape: ConvShape, output_size: Size, input_size: Size, sums: int = 0
+) -> float | None:
     """R*: the form is cheaper than dense below this rank; None where it has several.
 
     In MACs; the weight form, which has more at any rank, in parameters. The gauge form is cheaper at every
-    useful rank.
+    useful rank. Of the reduced form, which has this many ``sums``, it is that of the atoms.
 
     >>> break_even_rank("spatial", ConvShape(64, 64, (3, 3)), (56, 56), (56, 56))
     96.0
     """
     largest = FORMS[form].largest_ranks(shape)
+    if form == "reduced":
+        return max(0.0, shape.out_channels - (shape.out_channels + sums) / shape.fan_in)
     if form == "gauge" or len(largest) > 1:
         return None if len(largest) > 1 else float(largest[0])
     least = (FORMS[form].steps(shape, largest)[-1].groups,)

@@ -63,7 +63,7 @@ def _compress(options: argparse.Namespace) -> Result:
     from .reporting import report
 
     check_folder(Path(options.out))
-    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "effective_weights")
+    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "beta", "effective_weights")
     chosen = {key: getattr(options, key) for key in names}
     given = {key: value for key, value in chosen.items() if value is not None} | planning(options)
     if options.plan and given:

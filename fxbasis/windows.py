@@ -56,18 +56,19 @@ def all_patches(conv: nn.Conv2d, input: Tensor) -> Tensor:
     return view.reshape(len(view), conv.groups, -1, view.shape[-2] * view.shape[-1])
 
 
-def sampled_patches(conv: nn.Conv2d, input: Tensor, positions: Tensor) -> Tensor:
+def sampled_patches(conv: nn.Conv2d, input: Tensor, positions: Tensor, groups: int | None = None) -> Tensor:
     """The patches at ``positions`` of each image, (g, B P, q).
 
     Args:
         conv: whose options say what a patch is.
         input: (B, c, H, W).
         positions: (B, P) long, positions of the output counted row by row.
+        groups: by default those of ``conv``.
     """
     view = _windows(conv, input)
     images, width = torch.arange(len(view), device=view.device)[:, None], view.shape[3]
     found = view[images, :, positions // width, positions % width]  # (B, P, c, K_h, K_w)
-    return found.reshape(positions.numel(), conv.groups, -1).transpose(0, 1)
+    return found.reshape(positions.numel(), groups or conv.groups, -1).transpose(0, 1)
 
 
 def sampled_values(output: Tensor, positions: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """``convert``: a compressed model with the same function in another form, without a new fit.
 
-The output, gauge and weight forms are one product of two factors, written in three ways; the four-factor CP
-form is a three-factor one with separable taps. Training wants the balanced factors of the output form or the
-few weights of the weight form, inference the gauge form, which costs less for the same numbers.
+The output, gauge and weight forms are one product of two factors, written in three ways, and the reduced form
+is such a product with few coefficients; the four-factor CP form is a three-factor one with separable taps.
+Training wants the balanced factors of the output form or the few weights of the weight form, inference the
+gauge form, which costs less for the same numbers.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _PRODUCTS = ("output", "gauge", "weight")
 def convert(model: Model, form: str) -> Model:
     """A copy in which every rewritten layer that the form can represent has it; the others keep theirs.
 
-    Between ``output``, ``gauge`` and ``weight`` in every direction, and from ``cp4`` to ``cp``: exact up to
-    the rounding of the factors to the layer's dtype.
+    Between ``output``, ``gauge`` and ``weight`` in every direction, from ``reduced`` to these, and from
+    ``cp4`` to ``cp``: exact up to the rounding of the factors to the layer's dtype.
 
     Args:
         model: what ``compress`` or ``load`` made; it is not touched.
@@ -67,6 +68,8 @@ def _can_be(layer: BasisConv2d, form: str) -> bool:
     if plan.form in _PRODUCTS and form in _PRODUCTS:
         shared = plan.steps[0].groups != plan.groups  # the weight form of a depthwise layer
         return plan.form != form and not shared
+    if plan.form == "reduced" and form in _PRODUCTS:
+        return plan.ranks[:1] <= FORMS[form].largest_ranks(plan.shape)
     return (plan.form, form) == ("cp4", "cp") and plan.ranks <= FORMS["cp"].largest_ranks(plan.shape)
 
 
@@ -88,7 +91,8 @@ def _exchange(model: nn.Module, chosen: dict[str, BasisConv2d], form: str) -> No
 def _converted(layer: BasisConv2d, form: str) -> BasisConv2d:
     plan = layer.plan
     method = plan.method if plan.method in FORMS[form].methods else FORMS[form].methods[0]
-    wanted = replace(plan, form=form, method=method)
+    ranks = plan.ranks[:1] if plan.form == "reduced" else plan.ranks
+    wanted = replace(plan, form=form, method=method, ranks=ranks)
     return BasisConv2d.from_conv2d(layer.to_conv2d(), wanted, _factors(layer, wanted))
 
 

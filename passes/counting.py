@@ -2,7 +2,8 @@
 
 The count looks at the tensors of each operation and knows nothing of layers, forms or ranks. Convolutions
 are counted here (weight times output positions, groups included); matrix products and attention by
-PyTorch's own registry of formulas.
+PyTorch's own registry of formulas. Products entry by entry are counted inside of a ``ReducedComposition``,
+which is made of them, and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..compositions import ReducedComposition
 from ..running import ExampleInputs, run, tensors_of
 from .base import MACS
 
@@ -35,6 +37,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scopes: list[str] = [""]
+        self.of_products: set[str] = set()
         self.macs: Counter[str] = Counter()
         self.activations: Counter[str] = Counter()
         self.uncounted: Counter[str] = Counter()
@@ -43,6 +46,8 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operation and count it."""
         output = func(*args, **(kwargs or {}))
         macs = _macs(func._overloadpacket, args, kwargs or {}, output)
+        if self.scopes[-1] in self.of_products and func._overloadpacket is torch.ops.aten.mul:
+            macs = output.numel()
         if macs is not None:
             self.macs[self.scopes[-1]] += macs
             self.activations[self.scopes[-1]] += sum(tensor.numel() for tensor in tensors_of(output))
@@ -67,6 +72,8 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         for name, module in model.named_modules():
             enter, leave = hooks(name)
+            if isinstance(module, ReducedComposition):
+                self.of_products.add(name)
             if name and not isinstance(module, torch.jit.ScriptModule):  # some of those take no hooks
                 module.register_forward_pre_hook(enter)
                 module.register_forward_hook(leave)

@@ -1,8 +1,9 @@
 """``profile``: the work of each layer, counted from the operations that ran, beside the closed form.
 
 Counting convention: MACs, one for each multiply-add of a convolution or matrix product, for the example
-inputs as given (batch included); FLOPs = 2 x MACs. Elementwise work, normalisation, pooling and bias
-additions are not counted; every operation that ran and was not counted is listed in ``uncounted``.
+inputs as given (batch included); FLOPs = 2 x MACs. Elementwise work (but the copies and sums of the reduced
+form), normalisation, pooling and bias additions are not counted; every operation that ran and was not counted
+is listed in ``uncounted``.
 
 The count comes from ``counting`` and knows nothing of layers, forms or ranks; the formula comes from
 ``costs`` and knows nothing of the run.
@@ -226,7 +227,7 @@ def _with_layers(table: Any, model: nn.Module) -> Iterator[tuple[ConvRecord, nn.
 def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: MacCounter) -> LayerProfile:
     scopes, outputs = _scopes(record.name, layer), record.elements or 0
     plan = layer.plan if isinstance(layer, BasisConv2d) else None
-    between = [f"{record.name}.{name}" for name in plan.called[:-1]] if plan else []
+    between = scopes[1:-1] if plan and plan.called else []
     return LayerProfile(
         number=record.index,
         name=record.name,
@@ -250,13 +251,15 @@ def _break_even(record: ConvRecord, plan: LayerPlan | None) -> float | None:
     """R* of its form, of the output form for a layer left alone."""
     if plan is None or record.output_size is None or record.input_size is None:
         return record.shape.break_even_rank
-    return break_even_rank(plan.form, plan.shape, record.output_size, record.input_size)
+    sums = plan.ranks[1] if plan.form == "reduced" else 0
+    return break_even_rank(plan.form, plan.shape, record.output_size, record.input_size, sums)
 
 
 def _scopes(name: str, layer: nn.Conv2d | BasisConv2d) -> list[str]:
     """The layer and its steps."""
     steps = layer.plan.steps if isinstance(layer, BasisConv2d) else ()
-    return [name, *(f"{name}.{step.name}" for step in steps)]
+    inside = f"{name}." if name else ""  # the model itself may be the layer
+    return [name, *(inside + step.name for step in steps)]
 
 
 def _others(model: nn.Module, counter: MacCounter, scopes: set[str]) -> list[LayerProfile]:

@@ -1,7 +1,8 @@
 """How many channels stand between the steps of a form: ``size``, or what they cost, or what they keep.
 
 A form with one rank has R of them over all groups; tucker2 has two, tt three, which grow in step from one for
-each group to the largest useful ones. Every rank is a multiple of the groups, at least one for each.
+each group to the largest useful ones. Every rank is a multiple of the groups, at least one for each. Of the
+reduced form all this is said of its atoms; ``beta`` says how many of its outputs are sums (``with_sums``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..structures import FORMS, Ranks, form_macs, form_params, settled, weight_g
 from .records import ConvRecord
 
 __all__ = [
+    "BETA",
     "check_ratio",
     "check_size",
     "cost_ratio",
@@ -30,7 +32,11 @@ __all__ = [
     "ranks_by_size",
     "rounded_down",
     "rounded_up",
+    "with_sums",
 ]
+
+BETA = 0.25
+"""The part of the outputs that are sums in the reduced form, where nothing else is said."""
 
 
 def check_size(size: Any) -> None:
@@ -54,8 +60,34 @@ def is_whole(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral)
 
 
+def with_sums(record: ConvRecord, ranks: Ranks, form: str, beta: float = BETA) -> Ranks:
+    """The ranks; of the reduced form with ``beta`` of each group's outputs as sums, none if it has one atom.
+
+    >>> from torch import nn
+    >>> from fxbasis.passes.numbering import number_convs
+    >>> with_sums(number_convs(nn.Conv2d(4, 12, 3, groups=2))[0], (6, 0), "reduced", 0.3)
+    (6, 4)
+    """
+    if form != "reduced":
+        return ranks
+    sums = record.groups * round(beta * (record.out_channels // record.groups))
+    return settled(form, record.shape, (ranks[0], sums))
+
+
+def _limits(record: ConvRecord, form: str, method: str) -> Ranks:
+    """The largest useful ranks, of the reduced form that of its atoms."""
+    largest = FORMS[form].largest_ranks(record.shape, method)
+    return largest[:1] if form == "reduced" else largest
+
+
 def ranks_by_size(
-    record: ConvRecord, size: int | float, form: str = "output", method: str = "", *, exact: bool = False
+    record: ConvRecord,
+    size: int | float,
+    form: str = "output",
+    method: str = "",
+    *,
+    exact: bool = False,
+    beta: float = BETA,
 ) -> Ranks:
     """The ranks that ``size`` means for a layer, capped at the largest useful ones.
 
@@ -65,34 +97,36 @@ def ranks_by_size(
     Raises:
         LayerError: when ``exact`` and an integer size exceeds all of the largest useful ranks.
     """
-    largest, groups = FORMS[form].largest_ranks(record.shape, method), groups_of(record, form)
+    largest, groups = _limits(record, form, method), groups_of(record, form)
     if exact and is_whole(size) and size > max(largest):
         raise LayerError(
             f"{record}: rank {size} exceeds {max(largest)}, at which the basis is exact already; "
             f"pass size={max(largest)} or less"
         )
     if not is_whole(size) and float(size) == 1.0:
-        return largest
+        return with_sums(record, largest, form, beta)
     whole = [int(size)] * len(largest)
     parts = [float(size) * (record.out_channels if len(largest) == 1 else most) for most in largest]
     wanted = whole if is_whole(size) else parts
     ranks = [
         min(groups * max(1, round(rank / groups)), most) for rank, most in zip(wanted, largest, strict=True)
     ]
-    return settled(form, record.shape, tuple(ranks))
+    return with_sums(record, settled(form, record.shape, tuple(ranks)), form, beta)
 
 
-def ranks_by_cost(record: ConvRecord, ratio: float, cost: str, form: str, method: str = "") -> Ranks:
+def ranks_by_cost(
+    record: ConvRecord, ratio: float, cost: str, form: str, method: str = "", beta: float = BETA
+) -> Ranks:
     """The largest ranks whose MACs or parameters are at most ``ratio`` of the dense ones.
 
     The smallest where none are; ``cost`` is ``"macs"`` or ``"params"``.
     """
-    largest, groups = FORMS[form].largest_ranks(record.shape, method), groups_of(record, form)
+    largest, groups = _limits(record, form, method), groups_of(record, form)
     top = max(largest) // groups
 
     def ranks_at(step: int) -> Ranks:
         ranks = tuple(groups * max(1, round(step / top * (most // groups))) for most in largest)
-        return settled(form, record.shape, ranks)
+        return with_sums(record, settled(form, record.shape, ranks), form, beta)
 
     return ranks_at(_last(lambda step: cost_ratio(record, ranks_at(step), form, cost) <= ratio, top))
 
@@ -116,16 +150,19 @@ def ranks_by_evbmf(record: ConvRecord, form: str, cuts: Sequence[Unfolding]) -> 
     return settled(form, record.shape, tuple(ranks))
 
 
-def rounded_up(record: ConvRecord, ranks: Ranks, multiple: int, form: str, method: str) -> Ranks:
+def rounded_up(
+    record: ConvRecord, ranks: Ranks, multiple: int, form: str, method: str, beta: float = BETA
+) -> Ranks:
     """The ranks up to the next multiple, where the largest useful ones allow that."""
-    largest, step = FORMS[form].largest_ranks(record.shape, method), lcm(multiple, groups_of(record, form))
-    return tuple(min(-(-rank // step) * step, most) for rank, most in zip(ranks, largest, strict=True))
+    largest, step = _limits(record, form, method), lcm(multiple, groups_of(record, form))
+    found = tuple(min(-(-rank // step) * step, most) for rank, most in zip(ranks, largest, strict=False))
+    return with_sums(record, found, form, beta)
 
 
-def rounded_down(record: ConvRecord, ranks: Ranks, multiple: int, form: str) -> Ranks:
+def rounded_down(record: ConvRecord, ranks: Ranks, multiple: int, form: str, beta: float = BETA) -> Ranks:
     """The ranks down to the last multiple; those below the first stay."""
     step = lcm(multiple, groups_of(record, form))
-    return tuple(rank // step * step or rank for rank in ranks)
+    return with_sums(record, tuple(rank // step * step or rank for rank in ranks), form, beta)
 
 
 def _last(holds: Callable[[int], bool], top: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..errors import SelectionError
 from ..fitting import Unfolding, unfoldings
 from ..structures import FORMS, Ranks
 from .ranking import (
+    BETA,
     check_ratio,
     check_size,
     groups_of,
@@ -30,7 +32,7 @@ __all__ = ["RANK_RULES", "Settings", "WeightOf", "ranks_of", "settings_of"]
 WeightOf: TypeAlias = Callable[[ConvRecord], Tensor]
 
 RANK_RULES = ("size", "macs_ratio", "params_ratio", "energy", "evbmf")
-_KEYS = (*RANK_RULES, "multiple", "form", "method", "fixed_basis")
+_KEYS = (*RANK_RULES, "multiple", "form", "method", "fixed_basis", "beta")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Settings:
         rule, value: the way to say the rank, one of ``RANK_RULES``, and what it says.
         multiple: ranks are rounded to a multiple of it: down where the rule bounds a cost, otherwise up.
         form, method, fixed_basis: see ``compress``.
+        beta: of the reduced form, see ``compress``; of the others without a meaning.
     """
 
     rule: str
@@ -49,6 +52,7 @@ class Settings:
     form: str
     method: str
     fixed_basis: bool
+    beta: float = BETA
 
 
 def settings_of(given: Any, defaults: Settings | None = None) -> Settings:
@@ -65,12 +69,22 @@ def settings_of(given: Any, defaults: Settings | None = None) -> Settings:
     if len(rules) > 1:
         raise SelectionError(f"{' and '.join(rules)} both say the rank; pass one of them")
     merged = (vars(defaults) if defaults else {"multiple": 1, "fixed_basis": False}) | dict(given)
+    _check_beta(given.get("beta"), merged["form"])
     for name in rules:
         _check_rule(name, given[name])
         merged |= {"rule": name, "value": merged.pop(name)}
     if defaults and "method" not in given and merged["form"] != defaults.form:
         merged["method"] = None  # each form has its own
     return _checked(merged)
+
+
+def _check_beta(beta: Any, form: Any) -> None:
+    if beta is None:
+        return
+    if form != "reduced":
+        raise SelectionError(f"beta={beta!r} is a setting of the reduced form; leave it out of form={form!r}")
+    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= float(beta) <= 1:
+        raise SelectionError(f"beta={beta!r} is no fraction of the outputs; pass one in [0, 1]")
 
 
 def _check_rule(name: str, value: Any) -> None:
@@ -93,7 +107,8 @@ def _checked(merged: dict[str, Any]) -> Settings:
         )
     if not is_whole(multiple) or multiple < 1:
         raise SelectionError(f"multiple={multiple!r} is no whole number from 1; pass for example multiple=16")
-    return Settings(**{**merged, "method": method or known[0]})
+    beta = BETA if merged.get("beta") is None else float(merged["beta"])
+    return Settings(**{**merged, "method": method or known[0], "beta": beta})
 
 
 def ranks_of(record: ConvRecord, settings: Settings, weight_of: WeightOf | None, *, exact: bool) -> Ranks:
@@ -103,18 +118,18 @@ def ranks_of(record: ConvRecord, settings: Settings, weight_of: WeightOf | None,
         LayerError: when ``exact`` and an integer size exceeds the largest useful ranks.
         SelectionError: when the rank depends on weights, and there are none, or no matrix of them.
     """
-    form, method = settings.form, settings.method
+    form, method, beta = settings.form, settings.method, settings.beta
     if settings.rule == "size":
-        ranks = ranks_by_size(record, settings.value, form, method, exact=exact)
+        ranks = ranks_by_size(record, settings.value, form, method, exact=exact, beta=beta)
     elif settings.rule in ("macs_ratio", "params_ratio"):
         cost = settings.rule.removesuffix("_ratio")
-        ranks = ranks_by_cost(record, settings.value, cost, form, method)
-        return rounded_down(record, ranks, settings.multiple, form)
+        ranks = ranks_by_cost(record, settings.value, cost, form, method, beta)
+        return rounded_down(record, ranks, settings.multiple, form, beta)
     elif settings.rule == "energy":
         ranks = ranks_by_energy(record, settings.value, form, _unfoldings(record, settings, weight_of))
     else:
         ranks = ranks_by_evbmf(record, form, _unfoldings(record, settings, weight_of))
-    return rounded_up(record, ranks, settings.multiple, form, method)
+    return rounded_up(record, ranks, settings.multiple, form, method, beta)
 
 
 def _unfoldings(record: ConvRecord, settings: Settings, weight_of: WeightOf | None) -> tuple[Unfolding, ...]:

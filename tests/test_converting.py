@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 
 PRODUCTS = ("output", "gauge", "weight")
 PAIRS = [(one, other) for one in PRODUCTS for other in PRODUCTS if one != other] + [("cp4", "cp")]
+PAIRS += [("reduced", other) for other in PRODUCTS]
 pairs = pytest.mark.parametrize(("before", "after"), PAIRS)
 
 
@@ -36,9 +37,12 @@ def test_the_function_stays(net: Net, before: str, after: str, size: float, tmp_
     assert close(expected, output(made, net.example))
     assert torch.equal(expected, output(small, net.example))
     assert plan_of(small) == plan
-    forms = {layer.form for layer in plan_of(made).compressed if layer.groups < layer.out_channels}
-    assert forms == {after}  # in the weight form the filters of a depthwise layer share a basis: it stays
-    assert [layer.ranks for layer in plan_of(made)] == [layer.ranks for layer in plan]
+    layers = [layer for layer in plan_of(made).compressed if layer.groups < layer.out_channels]
+    if before == "reduced":  # more atoms than the rank of the weight are no rank of the others
+        layers = [layer for layer in layers if layer.rank <= layer.shape.largest_rank]
+    assert {layer.form for layer in layers} == {after}  # a depthwise weight form shares its basis: it stays
+    free = 1 if before == "reduced" else 3
+    assert [layer.ranks[:free] for layer in plan_of(made)] == [layer.ranks[:free] for layer in plan]
     assert not profile(made, net.example).disagreements
     assert close(output(fold(small), net.example), output(fold(made), net.example))
     assert list(fold(made).state_dict()) == list(net.state_dict())
@@ -71,6 +75,15 @@ def test_gradient_flags_hooks_and_a_fixed_basis_stay() -> None:
     flags = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
     assert flags == {"0.basis.weight": False, "0.composition.weight": True, "0.composition.bias": False}
     assert close(output(small, example), output(made, example))
+
+
+def test_atoms_beyond_the_rank_of_the_output_form_stay_and_nothing_becomes_reduced() -> None:
+    conv, example = nn.Conv2d(4, 16, 1), torch.randn(1, 4, 5, 5)
+    small = compress(conv, example, layers=1, form="reduced", size=8)
+    with pytest.raises(SelectionError, match="form='output': the model has the forms reduced"):
+        convert(small, "output")
+    with pytest.raises(SelectionError, match="form='reduced': the model has the forms output"):
+        convert(compress(conv, example, layers=1, size=2), "reduced")
 
 
 def test_layers_of_other_forms_stay(residual_net: Net) -> None:

@@ -28,6 +28,8 @@ def test_every_form_is_at_or_under_the_ratio_and_one_rank_more_is_over(ratio: fl
     for row in rows:
         part = row.params_ratio if row.form == "weight" else row.macs_ratio
         assert part <= ratio, row
+        if row.form == "reduced" and row.ranks[0] < row.largest[0]:
+            assert macs(row.form, (row.ranks[0] + SHAPE.groups, row.ranks[1])) > ratio * row.macs / part
         if len(row.ranks) == 1 and row.ranks != row.largest:
             more, cost = (row.ranks[0] + SHAPE.groups,), row.params if row.form == "weight" else row.macs
             found = form_params("weight", SHAPE, more) if row.form == "weight" else macs(row.form, more)

@@ -316,3 +316,11 @@ def test_hooked_conv_is_profiled_through_its_form(plain_net: Net) -> None:
 
 def test_profiling_twice_gives_the_same(net: Net) -> None:
     assert profile(net, net.example) == profile(net, net.example)
+
+
+@pytest.mark.parametrize("form", ["output", "gauge", "reduced"])
+def test_a_model_that_is_one_layer_is_counted_by_its_steps(form: str) -> None:
+    conv, example = nn.Conv2d(8, 16, 3), torch.randn(2, 8, 9, 9)
+    found = profile(compress(conv, example, layers=1, form=form, size=6), example)
+    assert len(found.layers) == 1
+    assert not found.disagreements
