@@ -143,7 +143,7 @@ def _refit(
 
 
 def _made(form: BasisConv2d) -> Tensor:
-    """The output channels that the composition's weight makes, in its order: all, or those that are no copies."""
+    """The output channels that the weight of the composition makes, in its order."""
     last = form.composition
     if isinstance(last, GaugeComposition):
         return last.order.argsort()[form.plan.rank :].cpu()
