@@ -1,8 +1,9 @@
 """One convolution as an ONNX graph of its own, dense or in a form: what is timed in ``layer_times``.
 
 The nodes are those that an export gives: a Conv for each step; of the gauge form Conv, Conv, Concat, Gather
-and Add. The weight form is the dense convolution, which it folds to. The weights are arbitrary, for the time
-does not depend on them. Every graph has a bias, as a convolution has with its BatchNorm folded into it.
+and Add; of the reduced form Gather, Mul, Slice, Add and Concat. The weight form is the dense convolution, to
+which it folds. The weights are arbitrary, for the time does not depend on them. Every graph has a bias, as a
+convolution has with its BatchNorm folded into it.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ class _Graph:
 
     def add(self, step: Step, *, last: bool) -> None:
         """The nodes of one more step."""
+        if step.sums is not None:
+            self._gathered(step)
+            return
         before, made = self.value, step.out_channels - step.copies
         if made:
             weight = self._weight("weight", step, (made, step.in_channels // step.groups, *step.kernel_size))
@@ -146,6 +150,35 @@ class _Graph:
             self._node("Gather", [self.value, self._tensor(f"{step.name}.order", order)], step, axis=1)
             self._node("Add", [self.value, self._weight("bias", step, (step.out_channels, 1, 1))], step)
 
+    def _gathered(self, step: Step) -> None:
+        """Copies and sums of two, each scaled, in another order."""
+        before, filters, sums = self.value, step.out_channels, step.sums or 0
+        self._scaled("first", before, step, filters)
+        if sums:
+            self._node("Slice", [self.value, *self._range(step, 0, filters - sums)], step, "copies")
+            copies = self.value
+            self._node("Slice", [f"{step.name}.first", *self._range(step, filters - sums, filters)], step)
+            firsts = self.value
+            self._scaled("second", before, step, sums)
+            self._node("Add", [firsts, self.value], step, "sums")
+            self._node("Concat", [copies, self.value], step, axis=1)
+        order = np.arange(filters, dtype=np.int64)[::-1]
+        self._node("Gather", [self.value, self._tensor(f"{step.name}.order", order)], step, axis=1)
+        self._node("Add", [self.value, self._weight("bias", step, (filters, 1, 1))], step)
+
+    def _scaled(self, name: str, before: str, step: Step, count: int) -> None:
+        indices = np.arange(count, dtype=np.int64) * 7 % step.in_channels
+        self._node(
+            "Gather", [before, self._tensor(f"{step.name}.{name}.of", indices)], step, f"{name}.at", axis=1
+        )
+        self._node("Mul", [self.value, self._weight(f"{name}.by", step, (count, 1, 1))], step, name)
+
+    def _range(self, step: Step, start: int, end: int) -> list[str]:
+        names = (f"{step.name}.{start}.{end}.{what}" for what in ("starts", "ends", "axes"))
+        return [
+            self._tensor(name, np.array([value])) for name, value in zip(names, (start, end, 1), strict=True)
+        ]
+
     def _options(self, step: Step) -> dict[str, Any]:
         """Stride, padding and dilation on the axes of the step."""
         geometry, axes = self.geometry, step.axes
@@ -156,10 +189,10 @@ class _Graph:
         )
         return {"group": step.groups, "strides": strides, "pads": pads, "dilations": dilations}
 
-    def _node(self, kind: str, inputs: list[str], step: Step, **options: Any) -> None:
+    def _node(self, kind: str, inputs: list[str], step: Step, name: str = "", **options: Any) -> None:
         from onnx import helper
 
-        self.value = f"{step.name}.{kind}"
+        self.value = f"{step.name}.{name or kind}"
         self.nodes.append(helper.make_node(kind, inputs, [self.value], **options))
 
     def _weight(self, kind: str, step: Step, shape: tuple[int, ...]) -> str:

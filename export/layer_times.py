@@ -212,7 +212,8 @@ def _largest(record: ConvRecord, form: str) -> Ranks:
 def _checked(record: ConvRecord, form: str, ranks: Ranks) -> Ranks:
     largest, groups = _largest(record, form), groups_of(record, form)
     whole = len(ranks) == len(largest) and all(is_whole(rank) and rank % groups == 0 for rank in ranks)
-    if not whole or not all(1 <= rank <= most for rank, most in zip(ranks, largest, strict=True)):
+    least = (1, 0) if form == "reduced" else (1,) * len(largest)  # which may have no sums
+    if not whole or not all(a <= rank <= b for a, rank, b in zip(least, ranks, largest, strict=True)):
         raise SelectionError(
             f"{record}: ranks={ranks} are none of the {form} form; pass {len(largest)} from 1 to {largest}, "
             f"multiples of its groups, {groups}"
@@ -236,7 +237,12 @@ def _ladder(record: ConvRecord, form: str) -> list[Ranks]:
 
 
 def _ratio(record: ConvRecord, form: str, ranks: Ranks, threads: int, cache: Cache) -> float:
-    return 1.0 if form in (DENSE, "weight") else _timing(record, form, ranks, threads, cache).ratio
+    if form in (DENSE, "weight"):
+        return 1.0
+    ratio = _timing(record, form, ranks, threads, cache).ratio
+    if form == "reduced":  # an export takes the faster of its two lowerings, of which one is the output form
+        return min(ratio, _timing(record, "output", ranks[:1], threads, cache).ratio)
+    return ratio
 
 
 def _timing(record: ConvRecord, form: str, ranks: Ranks, threads: int, cache: Cache) -> Timing:
