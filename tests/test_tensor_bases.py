@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxbasis.cp import cp, default_sweeps, largest_cp
+from fxbasis.cp import cp, default_starts, default_sweeps, largest_cp
 from fxbasis.errors import InputError, SelectionError
 from fxbasis.tensor_bases import largest_tt, largest_tucker2, tt, tucker2
 
@@ -234,7 +234,7 @@ def test_cp_goes_below_its_start_and_holds_its_norms(factors: int) -> None:
 def test_more_starts_are_never_worse() -> None:
     weight = weight_of("square", seed=1)
     one, many = (gap(weight, from_cp(cp(weight, 10, starts=starts))) for starts in (1, 4))
-    assert many <= one * 1.001
+    assert many <= one * 1.05  # the last step gives up some of it for the sums
 
 
 def test_the_end_of_a_wide_fit_in_float32_is_as_good_as_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +243,21 @@ def test_the_end_of_a_wide_fit_in_float32_is_as_good_as_in_float64(monkeypatch: 
     monkeypatch.setattr("fxbasis.cp.COARSE", math.inf)
     fine = gap(weight.double(), from_cp(cp(weight, 45, sweeps=40)))
     assert coarse == pytest.approx(fine, rel=0.02)
+
+
+@splits
+def test_cp_keeps_the_sums_of_the_filters(factors: int) -> None:
+    """Their error is far below that of random ones, which sums over 108 weights would have."""
+    weight = torch.randn(2, 12, 12, 3, 3, generator=torch.Generator().manual_seed(4)).double() + 0.1
+    error = (from_cp(cp(weight, 20, factors)) - weight).flatten(2)
+    assert float(error.sum(2).norm()) < 0.3 * float(error.norm())
+    assert float(error.norm()) < 0.75 * float(weight.norm())
+
+
+def test_a_bounded_effort() -> None:
+    assert [default_starts(1, (size, size, 3, 3), size * 2) for size in (16, 32, 64, 512)] == [16, 16, 2, 1]
+    assert default_starts(32, (4, 4, 3, 3), 8) == default_starts(1, (4, 4, 3, 3), 8) == 16
+    assert default_starts(10**6, (4, 4, 3, 3), 8) == 1
 
 
 def test_als_is_never_worse_than_the_higher_order_svd() -> None:

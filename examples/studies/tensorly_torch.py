@@ -77,12 +77,15 @@ def factorized(conv: nn.Conv2d, case: Case, rank: Any, decompose: bool = False) 
 
 
 def matched_rank(conv: nn.Conv2d, case: Case, x: torch.Tensor, least: int) -> Any:
-    """The smallest CP rank, or fraction in steps of 1/512, at which the layer has at least so many MACs."""
+    """The smallest CP rank, or fraction in steps of 1/512, at which the layer has at least so many MACs.
+
+    A TT layer is decomposed to count: only that cuts ranks which a train of these modes cannot have.
+    """
     scale: Callable[[int], Any] = int if case.factorization == "cp" else lambda step: step / 512
-    low, high = 0, 2048
+    low, high, train = 0, 2048, case.factorization == "tt"
     while high - low > 1:
         middle = (low + high) // 2
-        enough = macs_of(factorized(conv, case, scale(middle)), x) >= least
+        enough = macs_of(factorized(conv, case, scale(middle), decompose=train), x) >= least
         low, high = (low, middle) if enough else (middle, high)
     return scale(high)
 
