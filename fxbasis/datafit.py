@@ -17,17 +17,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .cp import cp, default_sweeps
+from .cp import cp
 from .factors import folded
 from .fitting import fit, gauge_factors, named
 from .gauge import regauge
 from .least_squares import ridge_solve
 from .recipe import LayerPlan
 
-__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed"]
+__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fit"]
 
-WORK = 60e9
-"""Multiply-adds that renewing one layer may take."""
+WORK, SHORT_WORK = 60e9, 20e9
+"""Multiply-adds that renewing one layer may take, and the sweeps of a short fit."""
 ROUNDS, SHORT, STEPS, SWEEPS = 8, 2, 6, 15
 """Rounds of a thorough fit and of a short one, steps of conjugate gradients, sweeps before a short fit."""
 DAMPING = 1e-3
@@ -50,18 +50,18 @@ def fit_to_data(
     metric = metric + DAMPING * metric.diagonal().mean().clamp(min=1e-30) * torch.eye(len(metric)).double()
     if plan.form in ("output", "gauge"):
         return _projected(weight, plan, moment, metric)
-    start = fit(weight, plan) if thorough else _start(weight, plan)
+    start = fit(weight, plan) if thorough else short_fit(weight, plan)
     return renewed(weight, plan, start, moment, metric, ROUNDS if thorough else SHORT)
 
 
-def _start(weight: Tensor, plan: LayerPlan) -> Weights:
-    """A fit to the weight, of cp a short one: what follows goes on in another metric."""
+def short_fit(weight: Tensor, plan: LayerPlan) -> Weights:
+    """A fit to the weight; of cp, which takes long, one of a few sweeps: enough to compare ranks by."""
     if plan.form not in ("cp", "cp4"):
         return fit(weight, plan)
-    blocks = weight.reshape(plan.groups, -1, *weight.shape[1:])
+    blocks = weight.detach().double().reshape(plan.groups, -1, *weight.shape[1:])
     rank, factors = plan.rank // plan.groups, 3 if plan.form == "cp" else 4
-    sweeps = min(SWEEPS, default_sweeps(blocks.shape[1:], rank))
-    return named(cp(blocks, rank, factors, sweeps=sweeps), plan)
+    sweeps = int(min(SWEEPS, max(2, SHORT_WORK // (2 * blocks[0].numel() * rank))))
+    return named(cp(blocks, rank, factors, sweeps=sweeps, starts=1), plan)
 
 
 def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) -> Weights:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .compositions import GaugeComposition
 from .costs import dense_macs
-from .datafit import fit_to_data
+from .datafit import fit_to_data, short_fit
 from .factors import folded
-from .fitting import fit
 from .passes.ranking import ranks_by_cost, rounded_down
 from .passes.records import NO_GAIN, OK, ConvRecord
 from .recipe import LayerPlan
@@ -88,7 +87,7 @@ def step_weights(
 ) -> dict[str, Tensor]:
     """The steps' weights, fitted to the data where there are statistics, otherwise to the weight alone."""
     if statistics is None:
-        return fit(weight, proposal.layer)
+        return short_fit(weight, proposal.layer)
     moment = statistics.covariance if with_mean else statistics.moment
     return fit_to_data(weight, proposal.layer, moment, statistics.metric, thorough=False)
 
