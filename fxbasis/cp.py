@@ -35,9 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bases import decompose
-from .errors import SelectionError
-from .tensor_bases import checked, leading
+from .cp_starts import modes_of, principal, unit
+from .tensor_bases import checked
 
 __all__ = ["cp", "default_starts", "default_sweeps", "largest_cp"]
 
@@ -48,14 +47,6 @@ SPARE = 10e9  # and those that all sweeps may take together where there are seve
 RECTIFIED = 1 / (math.pi - 1)  # squared mean over variance of max(0, x), x normal
 
 
-def _modes(shape: Sequence[int], factors: int) -> tuple[int, ...]:
-    """The modes of the tensor of a block (O, I, K_h, K_w) that has so many factors."""
-    if factors not in (3, 4):
-        raise SelectionError(f"factors={factors!r} is not known; choose 3, or 4 to split the taps")
-    out, into, height, width = shape
-    return (out, into, height * width) if factors == 3 else (out, into, height, width)
-
-
 def largest_cp(shape: Sequence[int], factors: int = 3) -> int:
     """The rank from which on ``cp`` fits an (O, I, K_h, K_w) block exactly: prod(modes) / max(modes).
 
@@ -64,7 +55,7 @@ def largest_cp(shape: Sequence[int], factors: int = 3) -> int:
     >>> largest_cp((64, 32, 3, 3)), largest_cp((4, 1, 3, 3)), largest_cp((4, 1, 3, 3), factors=4)
     (288, 4, 9)
     """
-    modes = _modes(shape, factors)
+    modes = modes_of(shape, factors)
     return math.prod(modes) // max(modes)
 
 
@@ -101,6 +92,7 @@ def cp(
     tolerance: float = 1e-5,
     ridge: float = 0.003,
     seed: int = 0,
+    first: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """CP of rank R: 1x1, depthwise K_h x K_w (or K_h x 1 and 1 x K_w), 1x1.
 
@@ -114,6 +106,7 @@ def cp(
         tolerance: stop after three sweeps in which no group's error fell by this part of itself.
         ridge: over the mean diagonal of a Gram matrix, at a relative error of 1.
         seed: of the random starts; the global generator is not touched.
+        first: ``principal`` of the same weight, to take the first start from; otherwise it is computed.
 
     Every component has the same norm in all factors.
 
@@ -127,15 +120,15 @@ def cp(
     """
     blocks = checked(weight, rank=rank)
     shape, largest = blocks.shape[1:], largest_cp(blocks.shape[1:], factors)
-    tensor = blocks.reshape(-1, *_modes(shape, factors))
-    scale = tensor.flatten(1).norm(dim=1)[:, None, None]
-    unit = tensor.flatten(1) / torch.where(scale > 0, scale, 1.0)[:, 0]
-    found = _principal(unit.view_as(tensor), min(rank, largest))
+    tensor, scale = unit(blocks.reshape(-1, *modes_of(shape, factors)))
+    first = principal(weight, min(rank, largest), factors) if first is None else first
+    found = [factor[:, : min(rank, largest)] for factor in first]
+    found = [factor.mT.contiguous() for factor in found]
     if rank < largest and sum(size > 1 for size in tensor.shape[1:]) > 2:  # else a matrix, and its SVD
         most = default_sweeps(shape, rank) if sweeps is None else sweeps
         many = default_starts(len(tensor), shape, rank) if starts is None else starts
         options = _Options(most, many, tolerance, ridge, seed)
-        found = _search(unit.view_as(tensor), found, options)
+        found = _search(tensor, found, options)
     out, into, *taps = (factor * scale ** (1 / len(found)) for factor in _balanced(found))
     sizes = [shape[2:]] if factors == 3 else [(shape[2], 1), (1, shape[3])]
     depthwise = [tap.mT.reshape(len(tap), -1, 1, *size) for tap, size in zip(taps, sizes, strict=True)]
@@ -158,26 +151,6 @@ def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     mean = norms.log().mean(0).exp()
     scales = mean / torch.where(norms > 0, norms, 1.0)
     return [factor * scale for factor, scale in zip(factors, scales, strict=True)]
-
-
-def _principal(tensor: Tensor, rank: int) -> list[Tensor]:
-    """The ``rank`` largest components of the slices of (g, *modes), the shortest modes being indices."""
-    order = sorted(range(1, tensor.ndim), key=lambda mode: tensor.shape[mode])
-    core, axes = tensor.permute(0, *order), []
-    for place in range(1, tensor.ndim - 2):
-        moved = core.movedim(place, 1)
-        axes.append(leading(moved.flatten(2), moved.shape[1]))
-        core = (axes[-1].mT @ moved.flatten(2)).view_as(moved).movedim(1, place)
-    slices = math.prod(core.shape[:-2])
-    svd = decompose(core.reshape(slices * core.shape[-2], -1, 1, 1), slices, "svd")
-    depth, row = svd.energies.shape[1], torch.arange(len(tensor))[:, None]
-    chosen = svd.energies.reshape(len(tensor), -1).argsort(descending=True, stable=True)[:, :rank]
-    places, level = torch.unravel_index(chosen // depth, core.shape[1:-2]), chosen % depth
-    found = [axis.mT[row, place] for axis, place in zip(axes, places, strict=True)]
-    index = (row, *places, level)
-    found.append(svd.composition.reshape(*core.shape[:-1], depth).mT[index])
-    found.append(svd.basis.reshape(*core.shape[:-2], depth, -1)[index])
-    return [found[order.index(mode)].mT.contiguous() for mode in range(1, tensor.ndim)]
 
 
 def _search(tensor: Tensor, start: list[Tensor], options: _Options) -> list[Tensor]:

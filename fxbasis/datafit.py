@@ -12,19 +12,20 @@ are small, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .cp import cp
+from .cp_starts import principal
 from .factors import folded
 from .fitting import fit, gauge_factors, named
 from .gauge import regauge
 from .least_squares import ridge_solve
 from .recipe import LayerPlan
 
-__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fit"]
+__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fits"]
 
 WORK, SHORT_WORK = 60e9, 20e9
 """Multiply-adds that renewing one layer may take, and the sweeps of a short fit."""
@@ -35,7 +36,7 @@ Weights = dict[str, Tensor]
 
 
 def fit_to_data(
-    weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor, *, thorough: bool = True
+    weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor, start: Weights | None = None
 ) -> Weights:
     """The weights of the steps by name, in float64.
 
@@ -44,24 +45,37 @@ def fit_to_data(
         plan: form and ranks.
         moment: (g, q, q), second moment of the patches, or their covariance where a constant is free.
         metric: (C, C), of the outputs.
-        thorough: begin from the best fit to the weight, not from a short one.
+        start: of ``short_fits``, for a short fit; a thorough one begins from the best fit to the weight.
     """
     weight = weight.detach().to("cpu", torch.float64)
     metric = metric + DAMPING * metric.diagonal().mean().clamp(min=1e-30) * torch.eye(len(metric)).double()
     if plan.form in ("output", "gauge"):
         return _projected(weight, plan, moment, metric)
-    start = fit(weight, plan) if thorough else short_fit(weight, plan)
-    return renewed(weight, plan, start, moment, metric, ROUNDS if thorough else SHORT)
+    rounds = ROUNDS if start is None else SHORT
+    return renewed(weight, plan, fit(weight, plan) if start is None else start, moment, metric, rounds)
 
 
-def short_fit(weight: Tensor, plan: LayerPlan) -> Weights:
-    """A fit to the weight; of cp, which takes long, one of a few sweeps: enough to compare ranks by."""
-    if plan.form not in ("cp", "cp4"):
-        return fit(weight, plan)
-    blocks = weight.detach().double().reshape(plan.groups, -1, *weight.shape[1:])
-    rank, factors = plan.rank // plan.groups, 3 if plan.form == "cp" else 4
-    sweeps = int(min(SWEEPS, max(2, SHORT_WORK // (2 * blocks[0].numel() * rank))))
-    return named(cp(blocks, rank, factors, sweeps=sweeps, starts=1), plan)
+def short_fits(weight: Tensor, plans: Sequence[LayerPlan]) -> list[Weights]:
+    """Fits to the weight, all of one layer; of cp, which takes long, of a few sweeps: to compare ranks by.
+
+    The start of all ranks of cp is one decomposition.
+    """
+    blocks = weight.detach().double().reshape(plans[0].groups, -1, *weight.shape[1:]) if plans else weight
+    first: dict[str, list[Tensor]] = {}
+    found = []
+    for plan in plans:
+        if plan.form not in ("cp", "cp4"):
+            found.append(fit(weight, plan))
+            continue
+        factors = 3 if plan.form == "cp" else 4
+        if plan.form not in first:
+            most = max(other.rank for other in plans if other.form == plan.form) // plan.groups
+            first[plan.form] = principal(blocks, most, factors)
+        rank = plan.rank // plan.groups
+        sweeps = int(min(SWEEPS, max(2, SHORT_WORK // (2 * blocks[0].numel() * rank))))
+        made = cp(blocks, rank, factors, sweeps=sweeps, starts=1, first=first[plan.form])
+        found.append(named(made, plan))
+    return found
 
 
 def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) -> Weights:

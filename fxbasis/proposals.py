@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .compositions import GaugeComposition
 from .costs import dense_macs
-from .datafit import fit_to_data, short_fit
+from .datafit import fit_to_data, short_fits
 from .factors import folded
 from .passes.ranking import ranks_by_cost, rounded_down
 from .passes.records import NO_GAIN, OK, ConvRecord
@@ -83,13 +83,25 @@ def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal
 
 
 def step_weights(
-    proposal: Proposal, weight: Tensor, statistics: LayerStatistics | None, *, with_mean: bool
-) -> dict[str, Tensor]:
-    """The steps' weights, fitted to the data where there are statistics, otherwise to the weight alone."""
+    proposals: Sequence[Proposal], weight: Tensor, statistics: LayerStatistics | None, *, with_mean: bool
+) -> list[dict[str, Tensor]]:
+    """The steps' weights, fitted to the data where there are statistics, otherwise to the weight alone.
+
+    Args:
+        proposals: all of one layer.
+        weight: of that layer, float64.
+        statistics: of that layer, or None.
+        with_mean: whether a constant can be added to its outputs.
+    """
+    layers = [proposal.layer for proposal in proposals]
+    short = short_fits(weight, layers)
     if statistics is None:
-        return short_fit(weight, proposal.layer)
+        return short
     moment = statistics.covariance if with_mean else statistics.moment
-    return fit_to_data(weight, proposal.layer, moment, statistics.metric, thorough=False)
+    return [
+        fit_to_data(weight, layer, moment, statistics.metric, start)
+        for layer, start in zip(layers, short, strict=True)
+    ]
 
 
 def shift_of(proposal: Proposal, weight: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -239,21 +239,12 @@ def proposed(
 
 def fitted_all(subject: Subject, proposals: Mapping[str, Sequence[Proposal]]) -> dict[str, list[Fitted]]:
     """Each proposal with the weights of its steps."""
-    return {
-        name: [
-            (
-                proposal,
-                step_weights(
-                    proposal,
-                    subject.weight(name),
-                    subject.statistics.get(name),
-                    with_mean=name in subject.with_mean,
-                ),
-            )
-            for proposal in found
-        ]
-        for name, found in progress(list(proposals.items()), "fitting")
-    }
+    found: dict[str, list[Fitted]] = {}
+    for name, listed in progress(list(proposals.items()), "fitting"):
+        statistics, free = subject.statistics.get(name), name in subject.with_mean
+        weights = step_weights(listed, subject.weight(name), statistics, with_mean=free)
+        found[name] = list(zip(listed, weights, strict=True))
+    return found
 
 
 def estimated(

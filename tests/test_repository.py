@@ -40,6 +40,7 @@ LAYERS = {
         "coding",
         "evbmf",
         "tensor_bases",
+        "cp_starts",
         "cp",
         "candidates",
         "fronts",
