@@ -37,6 +37,7 @@ class ConvRecord:
         effective: its own class computes its kernel from the stored weight (weight standardisation).
         prepares: its own class prepares the input (pads by itself).
         elements: of the outputs of all calls, batch included; None without inputs.
+        sizes: of each call the batch, output (H, W) and input (H, W).
     """
 
     index: int
@@ -60,6 +61,7 @@ class ConvRecord:
     prepares: bool = False
     input_size: tuple[int, int] | None = None
     elements: int | None = None
+    sizes: tuple[tuple[int, tuple[int, int], tuple[int, int]], ...] = ()
 
     @property
     def shape(self) -> ConvShape:
