@@ -81,11 +81,9 @@ class Subject:
         batches = first_images(self.batches, IMAGES)
         found = collect(self.model, self.layers, batches, gradients=self.comparable)
         for name, one in found.items():
-            if not all(bool(values.isfinite().all()) for values in (one.mean, one.moment, one.metric)):
-                raise InputError(
-                    f"{name}: its inputs or gradients on the calibration data are NaN or infinite; repair the "
-                    "data or the model"
-                )
+            if not all(bool(sums.isfinite().all()) for sums in (one.mean, one.moment, one.metric)):
+                what = "its inputs or gradients on the calibration data are NaN or infinite"
+                raise InputError(f"{name}: {what}; repair the data or the model")
         return found
 
     @cached_property
