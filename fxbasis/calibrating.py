@@ -63,7 +63,7 @@ def fit_to_data_(small: nn.Module, subject: Subject) -> Fit:
         raise InputError("there is no calibration data to fit to; pass calibration=, some batches of inputs")
     layers = conv_layers(small)
     forms = {name: form for name, form in layers.items() if isinstance(form, BasisConv2d)}
-    forms = {name: form for name, form in forms.items() if name in subject.layers}
+    forms = {name: form for name, form in forms.items() if name in subject.layers and _fits(form)}
     stages = _Stages(small, subject)
     stages.done("weights")
     for name, form in progress(list(forms.items()), "fitting to data"):
@@ -104,6 +104,11 @@ class _Stages:
         """Put the best state back."""
         load_values(self.small, self.state)
         return Fit(self.changes, self.kept, self.subject.images)
+
+
+def _fits(form: BasisConv2d) -> bool:
+    """Whether a fit to data is known: copies and sums of atoms are no free composition."""
+    return form.plan.form != "reduced"
 
 
 def _fit(form: BasisConv2d, subject: Subject, name: str) -> None:

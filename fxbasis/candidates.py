@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from .errors import InputError, SelectionError
 
-__all__ = ["DENSE", "Candidate", "Choice", "averaged", "envelope", "undominated"]
+__all__ = ["DENSE", "Candidate", "Choice", "Layers", "added", "averaged", "envelope", "undominated"]
 
 DENSE = "dense"
 CHANGE = "change"

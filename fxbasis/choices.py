@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
-from .candidates import DENSE, Candidate, Choice, envelope, undominated
+from .candidates import DENSE, Candidate, Choice, Layers, added, averaged, envelope, undominated
 from .errors import PlanError, SelectionError
 from .passes.profiling import profile
 from .passes.records import ConvRecord
@@ -29,19 +31,13 @@ class Totals:
     fixed: Mapping[str, float]
 
     def budgets(self, fractions: Mapping[str, float]) -> dict[str, float]:
-        """What is left to the convolutions of fractions of the whole.
+        """What is left to the convolutions of fractions of the whole."""
+        return {name: part * self.whole[name] - self.fixed[name] for name, part in fractions.items()}
 
-        Raises:
-            PlanError: where the rest of the model alone exceeds one.
-        """
-        found = {name: part * self.whole[name] - self.fixed[name] for name, part in fractions.items()}
-        for name, left in found.items():
-            if left <= 0:
-                least = self.fixed[name] / self.whole[name]
-                raise PlanError(
-                    f"{name}={fractions[name]}: what is no convolution takes {least:.3f} of it; raise it"
-                )
-        return found
+    def least(self, layers: Layers, name: str) -> float:
+        """The smallest fraction of the whole that any choice reaches."""
+        smallest = added(min(one.costs[name] for one in layer) for layer in layers)
+        return (smallest + self.fixed[name]) / self.whole[name]
 
     def ratios(self, choice: Choice) -> dict[str, float]:
         """The costs of the model after a choice over those before."""
@@ -106,14 +102,31 @@ def planned(
     totals: Totals | None = None,
     times: Times | None = None,
 ) -> Plan:
-    """The plan that a table of sensitivities means, for budgets or a largest change."""
+    """The plan that a table of sensitivities means, for budgets or a largest change.
+
+    Raises:
+        PlanError: for what cannot be met, with the least that can.
+        SelectionError: for an unknown ``combine``.
+    """
     totals = totals or totals_of(subject)
     if "max_drop" in asked:
         choice = minimise(candidates_of(subject, table), "macs", asked["max_drop"], combine)
     else:
         layers = candidates_of(subject, table, list(asked), times)
+        _check_reach(layers if combine != "paper" else averaged(layers), totals, asked, table.missing)
         choice = choose(layers, totals.budgets(asked), combine)
     return made_plan(subject, table, choice, totals, asked)
+
+
+def _check_reach(layers: Layers, totals: Totals, asked: Mapping[str, float], missing: int) -> None:
+    for name, part in asked.items():
+        least = totals.least(layers, name)
+        if least > part:
+            late = f" ({missing} candidates were not computed for want of time)" if missing else ""
+            raise PlanError(
+                f"{name}={part:.6g} cannot be reached: the least is {math.ceil(least * 1e4) / 1e4} of the "
+                f"model's{late}; raise it, or allow more forms or layers"
+            )
 
 
 def made_plan(
@@ -139,18 +152,21 @@ def made_plan(
     return Plan(plan_with(subject.table, chosen, "the plan leaves it dense").layers, forecast)
 
 
-def asked_for(**limits: float | None) -> dict[str, float]:
+def asked_for(**limits: Any) -> dict[str, float]:
     """The limits that are given, checked.
 
     Raises:
-        SelectionError: for none, for a budget beside ``max_drop``, and for what is no fraction.
+        SelectionError: for none, for a budget beside ``max_drop``, and for a value that means nothing.
     """
-    asked = {name: float(value) for name, value in limits.items() if value is not None}
+    asked = {name: value for name, value in limits.items() if value is not None}
     if not asked:
         raise SelectionError("there is nothing to plan for; pass macs=, params=, latency= or max_drop=")
     if "max_drop" in asked and len(asked) > 1:
         raise SelectionError("max_drop and a budget contradict each other; pass one of them")
     for name, value in asked.items():
-        if not (value > 0 and (name == "max_drop" or value <= 1)):
-            raise SelectionError(f"{name}={value} is no fraction in (0, 1]; pass for example {name}=0.5")
-    return asked
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if name == "max_drop" and not (real and 0 <= value < math.inf):
+            raise SelectionError(f"max_drop={value!r} is no change; pass a number such as max_drop=0.05")
+        if name != "max_drop" and not (real and 0 < value <= 1):
+            raise SelectionError(f"{name}={value!r} is no fraction in (0, 1]; pass for example {name}=0.5")
+    return {name: float(value) for name, value in asked.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,14 @@ from .subjects import Subject, subject_of
 from .timing import without_slower
 
 __all__ = ["compress", "plan_of"]
+
+_FORM_DEFAULTS = {
+    "form": "output",
+    "method": None,
+    "fixed_basis": False,
+    "beta": None,
+    "effective_weights": False,
+}
 
 
 def compress(
@@ -122,31 +130,71 @@ def compress(
             "compress needs example_inputs to prove its result; pass one batch that the model takes"
         )
     limits = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop}
-    if plan is not None and any(value is not None for value in limits.values()):
-        raise SelectionError("plan= decides instead of a budget; pass one of them")
+    rules = {"macs_ratio": macs_ratio, "params_ratio": params_ratio, "energy": energy, "evbmf": evbmf or None}
+    form_of = {"form": form, "method": method, "fixed_basis": fixed_basis, "beta": beta}
+    searched = {"forms": forms, "evaluate": evaluate}
+    budget = any(value is not None for value in limits.values())
+    _check_no_contradiction(budget, plan, rules, form_of | {"effective_weights": effective_weights}, searched)
+    if budget and not keep_if_slower:
+        raise SelectionError("keep_if_slower=False undoes what a budget plans; pass latency= for the time")
     subject = subject_of(model, example_inputs, calibration)
     traced = subject.model if calibration is None else copy_model(subject.model)
-    rules = {"macs_ratio": macs_ratio, "params_ratio": params_ratio, "energy": energy, "evbmf": evbmf or None}
-    chosen = {name: value for name, value in rules.items() if value is not None}
-    if any(value is not None for value in limits.values()):
-        if chosen:
-            raise SelectionError(f"{next(iter(chosen))}= and a budget both say the ranks; pass one of them")
-        estimator = estimator_for(None, calibration, evaluate)
-        how = {"evaluate": evaluate, "path": None, "executor": None, "minutes": None}
-        asked = asked_for(**limits)
-        tried = PROPOSED if forms is None else forms
-        plan = plan_for(subject, asked, layers, tried, estimator, multiple, "sum", threads, how)
+    if budget:
+        plan = _planned(subject, limits, layers, forms or PROPOSED, multiple, evaluate, threads)
     elif plan is None:
-        table = number_convs(traced, example_inputs, effective_weights=effective_weights)
-        settings: dict[str, Any] = {"form": form, "method": method, "multiple": multiple}
-        settings |= {"fixed_basis": fixed_basis, "beta": beta}
-        plan = select(table, layers, weight_of=_weight_in(traced), **(chosen or {"size": size}), **settings)
+        chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
+        settings = {**form_of, "multiple": multiple, **chosen}
+        plan = _selected(traced, example_inputs, layers, settings, effective_weights)
     else:
         plan = _given(plan)
     if not keep_if_slower:
         _check(traced, plan)
         plan = without_slower(plan, number_convs(traced, example_inputs), threads)
     return _rewritten(model, traced, plan, subject)
+
+
+def _planned(
+    subject: Subject,
+    limits: Mapping[str, float | None],
+    layers: Layers,
+    forms: Sequence[str],
+    multiple: int,
+    evaluate: Callable[[nn.Module], float] | None,
+    threads: int,
+) -> Plan:
+    estimator = estimator_for(None, subject.batches or None, evaluate)
+    how = {"evaluate": evaluate, "path": None, "executor": None, "minutes": None}
+    return plan_for(subject, asked_for(**limits), layers, forms, estimator, multiple, "sum", threads, how)
+
+
+def _selected(
+    traced: nn.Module, example: ExampleInputs, layers: Layers, settings: dict[str, Any], effective: bool
+) -> Plan:
+    table = number_convs(traced, example, effective_weights=effective)
+    return select(table, layers, weight_of=_weight_in(traced), **settings)
+
+
+def _check_no_contradiction(
+    budget: bool,
+    plan: object,
+    rules: Mapping[str, object],
+    form: Mapping[str, object],
+    searched: Mapping[str, object],
+) -> None:
+    """Refuse, by a SelectionError, arguments that a budget or a plan would silently overrule."""
+    if plan is not None and budget:
+        raise SelectionError("plan= decides instead of a budget; pass one of them")
+    if not budget:
+        idle = [name for name, value in searched.items() if value is not None]
+        if idle:
+            raise SelectionError(f"{idle[0]}= is for plans; pass a budget too, such as macs=0.5")
+        return
+    given = [name for name, value in rules.items() if value is not None]
+    if given:
+        raise SelectionError(f"{given[0]}= and a budget both say the ranks; pass one of them")
+    given = [name for name, value in form.items() if value != _FORM_DEFAULTS[name]]
+    if given:
+        raise SelectionError(f"a budget finds the forms by itself; pass forms= instead of {given[0]}=")
 
 
 def _rewritten(model: nn.Module, traced: nn.Module, plan: Plan, subject: Subject) -> nn.Module:

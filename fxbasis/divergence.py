@@ -70,6 +70,6 @@ def _leaves(output: Any) -> list[Tensor]:
     if not leaves or len({len(leaf) for leaf in leaves}) > 1:
         raise InputError(
             f"the model returns {type(output).__name__}, no batch of floating tensors, so its change is not "
-            "defined; pass evaluate=, a function that scores a model"
+            'defined; pass evaluate=, a function that scores a model, or estimator="output"'
         )
     return leaves

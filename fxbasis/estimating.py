@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,7 @@ from .datafit import error_of
 from .divergence import divergence
 from .proposals import Proposal, shift_of
 from .recipe import LayerPlan
-from .running import ExampleInputs, run
+from .running import ExampleInputs, copy_model, run, seeded
 from .statistics import inner_products
 from .subjects import IMAGES, Subject, built, first_images, plan_with
 from .sweeping import sweep
@@ -25,6 +28,8 @@ __all__ = ["Estimate", "by_fisher", "by_running", "by_statistics"]
 Fitted = tuple[Proposal, dict[str, Tensor]]
 Estimate = tuple[float, float]
 """A change and its standard error."""
+Score: TypeAlias = Callable[[nn.Module], float]
+_WHOLE = "the model itself"
 
 
 def by_statistics(subject: Subject, name: str, fitted: Sequence[Fitted], estimator: str) -> list[Estimate]:
@@ -68,8 +73,13 @@ def _means(subject: Subject, name: str) -> Tensor | None:
 
 def _half_squares(products: Tensor) -> list[Estimate]:
     values = 0.5 * products.square()
-    means, errors = values.mean(0), values.std(0) / max(1, len(values)) ** 0.5
-    return [(float(mean), float(error)) for mean, error in zip(means, errors.nan_to_num(), strict=True)]
+    return list(zip(values.mean(0).tolist(), _errors(values).tolist(), strict=True))
+
+
+def _errors(values: Tensor) -> Tensor:
+    """The standard error of the mean over dimension 0; 0 for one value."""
+    deviation = values.std(0, correction=min(1, len(values) - 1))
+    return deviation.div(len(values) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -80,30 +90,33 @@ class _Point:
 
 @dataclass(frozen=True)
 class _OneLayer:
-    """Builds the model with one layer compressed, and measures it; goes to other processes whole."""
+    """Builds the model with one layer compressed, or none, and measures it; goes to other processes whole."""
 
     model: nn.Module
     table: Any
     batches: Sequence[ExampleInputs]
     expected: Sequence[Any]
-    evaluate: Callable[[nn.Module], float] | None
-    score: float
+    evaluate: Score | None
 
-    def __call__(self, point: _Point) -> dict[str, float]:
-        plan = plan_with(self.table, {point.layer.number: point.layer})
-        small = built(self.model, plan, {point.layer.name: point.weights})
+    def __call__(self, point: _Point | None) -> dict[str, float]:
+        small = copy_model(self.model) if point is None else self._built(point)
         if self.evaluate is not None:
-            return {"change": self.score - float(self.evaluate(small)), "error": 0.0}
+            with seeded():
+                return {"score": float(self.evaluate(small))}
         pairs = zip(self.batches, self.expected, strict=True)
         changes = torch.cat([divergence(expected, run(small, batch)) for batch, expected in pairs])
-        return {"change": float(changes.mean()), "error": float(changes.std()) / len(changes) ** 0.5}
+        return {"change": float(changes.mean()), "error": float(_errors(changes))}
+
+    def _built(self, point: _Point) -> nn.Module:
+        plan = plan_with(self.table, {point.layer.number: point.layer})
+        return built(self.model, plan, {point.layer.name: point.weights})
 
 
 def by_running(
     subject: Subject,
     fitted: Mapping[str, Sequence[Fitted]],
     *,
-    evaluate: Callable[[nn.Module], float] | None,
+    evaluate: Score | None,
     path: Path | None,
     executor: Executor | None,
     minutes: float | None,
@@ -111,20 +124,38 @@ def by_running(
     """The change measured, one model for each; None for what the time did not allow."""
     batches = [] if evaluate else first_images(subject.batches, IMAGES)
     expected = [run(subject.model, batch) for batch in batches]
-    score = float(evaluate(subject.model)) if evaluate else 0.0
-    compute = _OneLayer(subject.model, list(subject.table), batches, expected, evaluate, score)
-    points = {
-        _key(proposal.layer): _Point(proposal.layer, weights)
-        for found in fitted.values()
-        for proposal, weights in found
+    compute = _OneLayer(subject.model, list(subject.table), batches, expected, evaluate)
+    points: dict[str, _Point | None] = {_WHOLE: None} if evaluate else {}
+    points |= {
+        _key(one.layer): _Point(one.layer, weights) for found in fitted.values() for one, weights in found
     }
-    context = subject.digest(
-        "measured" if evaluate is None else f"{evaluate.__module__}.{evaluate.__qualname__}"
-    )
+    context = subject.digest("measured" if evaluate is None else _identity(evaluate))
     results = sweep(points, compute, path=path, context=context, executor=executor, minutes=minutes)
-    rows = {key: (row["change"], row["error"]) for key, row in results.items()}
+    rows = _estimates(results)
     return {name: [rows.get(_key(one.layer)) for one, _ in found] for name, found in fitted.items()}
+
+
+def _estimates(results: Mapping[str, Mapping[str, float]]) -> dict[str, Estimate]:
+    """Changes as they are; scores as what they lack of the model's own, none without that."""
+    if all("change" in row for row in results.values()):
+        return {key: (row["change"], row["error"]) for key, row in results.items()}
+    if _WHOLE not in results:
+        return {}
+    dense = results[_WHOLE]["score"]
+    return {key: (dense - row["score"], 0.0) for key, row in results.items() if key != _WHOLE}
 
 
 def _key(layer: LayerPlan) -> str:
     return f"{layer.number} {layer.name} {layer.form} {'-'.join(map(str, layer.ranks))}"
+
+
+def _identity(evaluate: Any) -> str:
+    """The name, source and bound arguments of a score, by which its results are found again."""
+    told = []
+    while isinstance(evaluate, partial):
+        told.append(repr((evaluate.args, evaluate.keywords)))
+        evaluate = evaluate.func
+    named = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
+    with suppress(OSError, TypeError):  # no source: built in, or typed in a shell
+        told.append(inspect.getsource(named))
+    return "\n".join([named.__qualname__, *told])

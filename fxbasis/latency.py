@@ -8,8 +8,9 @@ the ratio that was missed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
-from .choices import Times, Totals, planned, totals_of
+from .choices import Times, Totals, candidates_of, planned, totals_of
 from .errors import PlanError
 from .estimating import Fitted
 from .export.layer_times import layer_ms
@@ -45,34 +46,41 @@ def planned_by_time(
     """
     times, budget = _times_of(threads), asked["latency"]
     totals = _timed(subject, times, threads)
+    floor = totals.least(candidates_of(subject, table, ["latency"], times), "latency")
     weights = {(one.layer.name, one.layer.form, one.layer.ranks): w for f in fitted.values() for one, w in f}
-    best: Plan | None = None
-    aim, least = budget * MARGIN, float("inf")
+    tried: list[tuple[float, Plan]] = []
+    aim = budget * MARGIN
     for _ in range(ROUNDS):
-        try:
-            found = planned(subject, table, {**asked, "latency": aim}, combine, totals, times)
-        except PlanError:
-            if best is not None:
-                break
-            raise
+        limits = {**asked, "latency": max(floor, min(aim, 1.0))}
+        found = planned(subject, table, limits, combine, totals, times)
         ratio = _measured(subject, found, weights, threads)
-        least = min(least, ratio)
-        if ratio <= budget * MARGIN:
-            best = Plan(found.layers, {**found.forecast, "asked": dict(asked), "measured latency": ratio})
-            if ratio >= budget * (MARGIN - CLOSE) or not any(layer.compressed for layer in found):
-                break
+        tried.append((ratio, found))
+        if budget * (MARGIN - CLOSE) <= ratio <= budget * MARGIN or (aim <= floor and ratio > budget):
+            break
         aim *= budget * (MARGIN - CLOSE / 3) / ratio
-    if best is None:
+    return _best(tried, asked)
+
+
+def _best(tried: Sequence[tuple[float, Plan]], asked: Mapping[str, float]) -> Plan:
+    """Of the plans that were measured within the time, that of the least predicted change."""
+    within = [pair for pair in tried if pair[0] <= asked["latency"] * MARGIN]
+    if not within:
+        least = min(ratio for ratio, _ in tried)
         raise PlanError(
-            f"latency={budget}: no plan was measured within it; the fastest took {least:.3f} of the "
-            "original's time: raise it, or allow more forms"
+            f"latency={asked['latency']}: no plan was measured within {MARGIN} of it; the fastest took "
+            f"{least:.3f} of the original's time: raise it, or allow more forms or layers"
         )
-    return best
+    ratio, found = min(within, key=lambda pair: (pair[1].forecast["change"], pair[0]))
+    return Plan(found.layers, {**found.forecast, "asked": dict(asked), "measured latency": ratio})
 
 
 def _times_of(threads: int) -> Times:
+    @cache
+    def one_call(record: ConvRecord, form: str, ranks: Ranks) -> float:
+        return layer_ms(record, form, ranks, threads)
+
     def times(record: ConvRecord, form: str, ranks: Ranks) -> float:
-        return (record.calls or 0) * layer_ms(record, form, ranks, threads)
+        return sum(one_call(call, form, ranks) for call in record.each_call())
 
     return times
 

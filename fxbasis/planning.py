@@ -17,15 +17,15 @@ from typing import Any
 from torch import nn
 
 from .choices import Totals, asked_for, candidates_of, made_plan, planned, totals_of
-from .errors import SelectionError
+from .errors import PlanError, SelectionError
 from .estimating import Fitted
 from .fronts import Front, front
 from .latency import planned_by_time
-from .passes.selection import Layers, matches
+from .passes.selection import Layers
 from .proposals import PROPOSED
 from .recipe import Plan
 from .running import ExampleInputs
-from .sensitivities import Sensitivities, check_forms, estimated, estimator_for, fitted_all, proposed
+from .sensitivities import Sensitivities, estimated, estimator_for, fitted_all, proposed
 from .subjects import Subject, subject_of
 
 __all__ = ["ParetoFront", "pareto", "plan", "plan_for"]
@@ -107,8 +107,11 @@ def plan_for(
 def _table(
     subject: Subject, layers: Layers, forms: Sequence[str], multiple: int, name: str, how: Mapping[str, Any]
 ) -> tuple[dict[str, list[Fitted]], Sensitivities]:
-    check_forms(forms)
-    proposals = proposed(subject, forms, multiple, matches(layers, subject.table))
+    if not subject.table:
+        raise PlanError(
+            "the model has no Conv2d, so there is nothing to plan; fxbasis.profile counts its work"
+        )
+    proposals = proposed(subject, forms, multiple, layers)
     fitted = fitted_all(subject, proposals)
     return fitted, estimated(subject, fitted, name, **how)
 

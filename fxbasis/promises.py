@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ["promised"]
 
 _NAMES = {"macs": "MACs", "params": "parameters", "latency": "time"}
+_OF_PLANS = {**_NAMES, "max_drop": "predicted change"}
 
 
 def promised(forecast: Mapping[str, Any], measured: Mapping[str, float]) -> list[str]:
@@ -34,7 +35,8 @@ def promised(forecast: Mapping[str, Any], measured: Mapping[str, float]) -> list
 
 
 def _planned(forecast: Mapping[str, Any]) -> str:
-    asked = [f"{_NAMES.get(name, name)} at most {limit}" for name, limit in forecast["asked"].items()]
+    limits = forecast["asked"].items()
+    asked = [f"{_OF_PLANS[name]} at most {limit}" for name, limit in limits] or ["a point of the front"]
     told = [f"{_NAMES[name]} {forecast[name]:.3f}" for name in _NAMES if name in forecast]
     told.append(f"change {forecast['change']:.3g} {forecast['unit']}")
     text = f"Planned for {' and '.join(asked)}. Predicted: {', '.join(told)}"

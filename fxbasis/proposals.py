@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .compositions import GaugeComposition
-from .costs import dense_macs
 from .datafit import fit_to_data, short_fits
 from .factors import folded
 from .passes.ranking import ranks_by_cost, rounded_down
@@ -45,14 +44,18 @@ def excluded(record: ConvRecord) -> str:
 
 
 def proposals_of(record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: int = 1) -> list[Proposal]:
-    """Every form at ranks from a tenth of the layer's MACs up, cheaper than dense, each once."""
+    """Every form at ranks from a tenth of the layer's MACs up, cheaper than dense, each once.
+
+    ``multiple`` divides every rank; a layer too small for that has no proposals.
+    """
     found: dict[tuple[str, tuple[int, ...]], Proposal] = {}
     for form in dict.fromkeys(_for_kernel(record, form) for form in forms):
         for ratio in RATIOS:
             ranks = ranks_by_cost(record, ratio, "macs", form)
             ranks = rounded_down(record, ranks, multiple, form)
             made = _proposal(record, form, ranks)
-            if made.macs < (record.macs or 0):
+            whole = all(rank % multiple == 0 for rank in ranks)
+            if whole and made.macs < (record.macs or 0):
                 found.setdefault((form, ranks), made)
     return list(found.values())
 
@@ -74,11 +77,9 @@ def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal
         method=FORMS[form].methods[0],
         ranks=ranks,
     )
-    assert record.output_size is not None
-    assert record.input_size is not None
-    assert record.macs is not None
-    calls = record.macs // dense_macs(record.shape, record.output_size)
-    macs = calls * form_macs(form, record.shape, ranks, record.output_size, record.input_size)
+    macs = sum(
+        form_macs(form, record.shape, ranks, size, before, batch) for batch, size, before in record.sizes
+    )
     return Proposal(layer, macs, form_params(form, record.shape, ranks))
 
 

@@ -29,6 +29,7 @@ from .candidates import Candidate
 from .errors import InputError, SelectionError
 from .estimating import Estimate, Fitted, by_fisher, by_running, by_statistics
 from .files import write_whole
+from .passes.rewriting import check_weight
 from .passes.selection import Layers, matches
 from .progress import progress
 from .proposals import PROPOSED, Proposal, excluded, proposals_of, step_weights
@@ -42,7 +43,6 @@ __all__ = [
     "ESTIMATORS",
     "Sensitivities",
     "Sensitivity",
-    "check_forms",
     "estimated",
     "estimator_for",
     "fitted_all",
@@ -122,7 +122,8 @@ class Sensitivities(Sequence[Sensitivity]):
     def __str__(self) -> str:
         headers = ("#", "name", "form", "ranks", "MACs", "change", "+-")
         table = aligned([_text(row) for row in self], headers, left=("name", "form"))
-        lines = [table, f"change: {self.estimator}, {self.unit}, over {self.images} images"]
+        over = f", over {self.images} images" if self.images else ""
+        lines = [table, f"change: {self.estimator}, {self.unit}{over}"]
         lines += [f"- {name}: {why}" for name, why in self.left_out.items()]
         if self.missing:
             lines.append(f"{self.missing} were not computed for want of time")
@@ -176,9 +177,10 @@ def sensitivities(
         forms: that are tried; for 1x1 kernels those with a kernel to take apart are replaced by gauge.
         estimator: one of ``ESTIMATORS``; by default evaluate if that is given, else fisher, and without
             calibration data weight.
-        evaluate: a score of a model, higher is better.
-        multiple: ranks are rounded down to a multiple of it.
-        path: a file that keeps each point of measured and evaluate as it is done; such a run resumes.
+        evaluate: a score of a model, higher is better; it gets a copy that it may change, and a fixed seed.
+        multiple: of which every rank is one.
+        path: a file that keeps each point of measured and evaluate as it is done; such a run resumes. Points
+            are found again by the model, the data, and the source of ``evaluate``; not by what it reads.
         executor: for measured and evaluate, any of ``concurrent.futures``, or a Dask client's.
         minutes: for measured and evaluate, after which no point is started.
 
@@ -194,12 +196,11 @@ def sensitivities(
     Raises:
         InputError: for data that an estimator needs and does not get.
         SelectionError: for an unknown estimator or form, or layers that do not exist.
+        LayerError: for a weight that is not finite.
     """
     name = estimator_for(estimator, calibration, evaluate)
-    check_forms(forms)
     subject = subject_of(model, example_inputs, calibration)
-    chosen = matches(layers, subject.table)
-    proposals = proposed(subject, forms, multiple, chosen)
+    proposals = proposed(subject, forms, multiple, layers)
     fitted = fitted_all(subject, proposals)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     return estimated(subject, fitted, name, **how)
@@ -218,8 +219,10 @@ def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str
     return estimator
 
 
-def check_forms(forms: Sequence[str]) -> None:
+def _check_forms(forms: Sequence[str]) -> None:
     """Refuse, by a SelectionError, forms that no plan can use."""
+    if isinstance(forms, str) or not forms:
+        raise SelectionError(f"forms={forms!r} is no list of forms; pass for example forms=['cp', 'gauge']")
     for form in forms:
         if form not in FORMS or form in ("weight", "reduced"):
             known = ", ".join(name for name in FORMS if name not in ("weight", "reduced"))
@@ -227,14 +230,22 @@ def check_forms(forms: Sequence[str]) -> None:
 
 
 def proposed(
-    subject: Subject, forms: Sequence[str], multiple: int, chosen: Iterable[int] | None = None
+    subject: Subject, forms: Sequence[str], multiple: int, layers: Layers
 ) -> dict[str, list[Proposal]]:
-    """The proposals of each layer that can be compressed, by name."""
-    numbers = None if chosen is None else set(chosen)
-    records = [r for r in subject.table if r.name in subject.layers]
-    return {
-        r.name: proposals_of(r, forms, multiple) for r in records if numbers is None or r.index in numbers
-    }
+    """The proposals of each of the layers that can be compressed, by name.
+
+    Raises:
+        SelectionError: for layers that do not exist, or with settings.
+        LayerError: for a weight that is not finite.
+    """
+    _check_forms(forms)
+    if isinstance(layers, Mapping):
+        raise SelectionError("layers= has settings, which are what is looked for here; pass a list of layers")
+    numbers = matches(layers, subject.table)
+    records = [r for r in subject.table if r.name in subject.layers and r.index in numbers]
+    for record in records:
+        check_weight(subject.layers[record.name], record)
+    return {record.name: proposals_of(record, forms, multiple) for record in records}
 
 
 def fitted_all(subject: Subject, proposals: Mapping[str, Sequence[Proposal]]) -> dict[str, list[Fitted]]:
@@ -265,7 +276,7 @@ def estimated(
         for (one, _), estimate in zip(fitted[name], found[name], strict=True)
         if estimate is not None
     ]
-    images = sum(map(batch_size, first_images(subject.batches, IMAGES)))
+    images = 0 if estimator == "evaluate" else sum(map(batch_size, first_images(subject.batches, IMAGES)))
     left_out = {r.name: excluded(r) or "not asked for" for r in subject.table if r.name not in fitted}
     missing = sum(map(len, fitted.values())) - len(rows)
     return Sensitivities(tuple(rows), estimator, _UNITS.get(estimator, "nats"), images, left_out, missing)

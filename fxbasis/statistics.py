@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .divergence import probe
-from .running import ExampleInputs, as_arguments, batch_size, in_mode, map_tensors, seeded
+from .running import ExampleInputs, batch_size, call, in_mode, seeded
 from .windows import all_patches, sampled_patches
 
 __all__ = ["LayerStatistics", "collect", "inner_products", "observed"]
@@ -89,9 +89,8 @@ def _gradients(
     Zeros in place of the gradient where none is needed.
     """
     generator = torch.Generator().manual_seed(seed)
-    args, kwargs = as_arguments(map_tensors(torch.clone, inputs))
     with observed(layers) as calls, torch.enable_grad(), in_mode(model, False), seeded():
-        output = model(*args, **kwargs)
+        output = call(model, inputs)
         scalar = probe(output, generator) if needed else None
     flat = [(name, *call) for name, found in calls.items() for call in found]
     gradients: Sequence[Tensor | None] = [None] * len(flat)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from .passes.tracing import trace
 from .proposals import excluded
 from .recipe import LayerPlan, Plan
 from .refitting import batchnorms_behind
-from .running import ExampleInputs, batch_size, copy_model, map_tensors, run
+from .running import ExampleInputs, batch_size, copy_model, run, tensors_of
 from .statistics import LayerStatistics, collect
 
 __all__ = ["Subject", "built", "first_images", "plan_with", "put_weights", "subject_of"]
@@ -65,8 +66,8 @@ class Subject:
     @cached_property
     def comparable(self) -> bool:
         """Whether the change between two outputs of the model is defined."""
+        output = run(self.model, self.batches[0])
         try:
-            output = run(self.model, self.batches[0])
             divergence(output, output)
         except InputError:
             return False
@@ -78,7 +79,12 @@ class Subject:
         if not self.batches:
             return {}
         batches = first_images(self.batches, IMAGES)
-        return collect(self.model, self.layers, batches, gradients=self.comparable)
+        found = collect(self.model, self.layers, batches, gradients=self.comparable)
+        for name, one in found.items():
+            if not all(bool(sums.isfinite().all()) for sums in (one.mean, one.moment, one.metric)):
+                what = "its inputs or gradients on the calibration data are NaN or infinite"
+                raise InputError(f"{name}: {what}; repair the data or the model")
+        return found
 
     @cached_property
     def with_mean(self) -> set[str]:
@@ -87,18 +93,20 @@ class Subject:
         return {name for name, layer in self.layers.items() if layer.bias is not None or name in norms}
 
     def digest(self, *settings: Any) -> str:
-        """A hash of the parameters, buffers and batches, and of the settings."""
-        found = hashlib.sha256(repr(settings).encode())
+        """A hash of the code, parameters, buffers and batches, and of the settings."""
+        code = re.sub("0x[0-9a-f]+", "", repr((settings, self.model)))
+        found = hashlib.sha256(code.encode())
         for name, tensor in self.model.state_dict().items():
             found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(b"".join(map(_bytes, tensors_of(tensor))))
         for batch in self.batches:
-            map_tensors(lambda t: found.update(_bytes(t)) or t, batch)  # type: ignore[func-returns-value]
+            found.update(b"".join(map(_bytes, tensors_of(batch))))
         return found.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    values = tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(tensor.shape)} {tensor.dtype}".encode() + values
 
 
 def subject_of(model: nn.Module, example_inputs: ExampleInputs, calibration: Iterable[Any] | None) -> Subject:

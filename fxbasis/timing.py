@@ -37,7 +37,8 @@ def without_slower(plan: Plan, table: ConvTable, threads: int = 1) -> Plan:
         ExportError: for threads that mean nothing.
     """
     pairs = list(zip(plan, table, strict=True))
-    return Plan(tuple(_judged(layer, record, threads) for layer, record in progress(pairs, "timing")))
+    layers = tuple(_judged(layer, record, threads) for layer, record in progress(pairs, "timing"))
+    return Plan(layers, plan.forecast)
 
 
 def _judged(layer: LayerPlan, record: ConvRecord, threads: int) -> LayerPlan:

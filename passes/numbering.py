@@ -131,6 +131,7 @@ def _record(
         prepares=prepares,
         input_size=inputs[0] if inputs else None,
         elements=None if calls is None else sum(size.numel() for _, size, _ in made),
+        sizes=tuple(zip(batches, sizes, inputs, strict=True)),
     )
 
 

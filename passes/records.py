@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, overload
 
-from ..costs import ConvShape
+from ..costs import ConvShape, dense_macs
 from ..files import write_whole
 from ..tables import aligned
 from .watching import FunctionalConv
@@ -37,6 +37,7 @@ class ConvRecord:
         effective: its own class computes its kernel from the stored weight (weight standardisation).
         prepares: its own class prepares the input (pads by itself).
         elements: of the outputs of all calls, batch included; None without inputs.
+        sizes: of each call the batch, output (H, W) and input (H, W).
     """
 
     index: int
@@ -60,11 +61,27 @@ class ConvRecord:
     prepares: bool = False
     input_size: tuple[int, int] | None = None
     elements: int | None = None
+    sizes: tuple[tuple[int, tuple[int, int], tuple[int, int]], ...] = ()
 
     @property
     def shape(self) -> ConvShape:
         """The shape for the closed forms of ``costs``."""
         return ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups, self.bias)
+
+    def each_call(self) -> list[ConvRecord]:
+        """A record of every call alone, with its sizes; MACs as of a dense layer."""
+        return [
+            replace(
+                self,
+                output_size=size,
+                input_size=before,
+                macs=dense_macs(self.shape, size, batch),
+                calls=1,
+                elements=batch * self.out_channels * size[0] * size[1],
+                sizes=((batch, size, before),),
+            )
+            for batch, size, before in self.sizes
+        ]
 
     def __str__(self) -> str:
         weight = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
