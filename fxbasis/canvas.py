@@ -54,16 +54,19 @@ def width_for(layers: int) -> float:
 
 
 def panels(
-    rows: int, title: str, told: str, *, width: float = 7, height: float = 3.2
+    rows: int, title: str, told: str, *, width: float = 7, height: float = 3.2, sharey: bool = False
 ) -> tuple[Figure, list[Any]]:
     """A figure with panels one below the other, under its title and ``told``, the convention of its numbers.
 
-    ``width`` and ``height``, of a panel, in inches.
+    Args:
+        rows: how many panels. title, told: on top.
+        width, height: of a panel, in inches.
+        sharey: whether the vertical axes are the same.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 0.8 + height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    axes = list(figure.subplots(rows, 1, sharex=True, sharey=sharey, squeeze=False)[:, 0])
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontweight="bold")
     wrapped = textwrap.fill(told, int(13.5 * width))
     axes[0].set_title(wrapped, loc="left", fontsize=8.5, color="#444444")

@@ -71,11 +71,10 @@ def draw_sensitivities(table: Sensitivities, path: str | Path) -> Paths:
     layers = {row.layer.number: row.layer.name for row in table}
     forms = [form for form in FORMS if any(row.layer.form == form for row in table)]
     told = f"{_source(table)}; MACs over those of the dense layer"
-    figure, axes = panels(len(forms), "One layer compressed alone", told, width=width_for(len(layers)))
+    size = width_for(len(layers))
+    figure, axes = panels(len(forms), "One layer compressed alone", told, width=size, sharey=True)
     rescale(axes[0], "y", [row.change for row in table])
     for axis, form in zip(axes, forms, strict=True):
-        if axis is not axes[0]:
-            axis.sharey(axes[0])
         _lines(axis, [row for row in table if row.layer.form == form], range(min(layers), max(layers) + 1))
         axis.set_ylabel(f"{form}: change ({table.unit})")
     name_layers(axes[-1], layers)
@@ -249,15 +248,15 @@ def draw_forecast(
     rank = float(spearmanr(*values.T).statistic)
     told = f"{told}; " * bool(told) + f"{len(values)} pairs, Spearman's rank correlation {rank:.3f}"
     figure, (axis,) = panels(1, "Predicted and measured change", told, width=6, height=5)
-    ends = [values.min(), values.max()]
-    axis.plot(ends, ends, color=GREY, linewidth=1, label="measured as predicted")
-    look = {"facecolor": "none", "edgecolor": BLUE, "s": 18, "linewidth": 0.8}
-    axis.scatter(*values.T, label="pairs", gid="pairs", **look)
     rescale(axis, "x", values.ravel())
     rescale(axis, "y", values.ravel())
+    ends = [values.min(), values.max()]
     if axis.get_xscale() == "log":
         ends = [10 ** np.floor(np.log10(ends[0])), 10 ** np.ceil(np.log10(ends[1]))]
         axis.set(xlim=ends, ylim=ends)
+    axis.plot(ends, ends, color=GREY, linewidth=1, label="measured as predicted")
+    look = {"facecolor": "none", "edgecolor": BLUE, "s": 18, "linewidth": 0.8, "zorder": 3}
+    axis.scatter(*values.T, label="pairs", gid="pairs", **look)
     axis.set_xlabel(f"predicted change ({unit})")
     axis.set_ylabel(f"measured change ({unit})")
     return finished(figure, path)

@@ -53,10 +53,11 @@ def main() -> int:
     options = _options()
     before = os.getloadavg()[0]
     model, calibration = load_model(options.weights), drawn(options.data, options.images, options.seed)
+    agreement, points = correlation(model, calibration, options.forms)
+    print(f"Spearman's rank correlation {agreement:.4f} over {points} points", flush=True)
     tests = load_images(options.data)
     wanted = [(budget, options.forms) for budget in options.budgets] + [(0.5, BASELINE)]
     rows = [said(budget_row(model, calibration, tests, *one)) for one in wanted]
-    agreement, points = correlation(model, calibration, options.forms)
     met = rows[-1]["accuracy, %"] >= LEAST_ACCURACY and agreement >= LEAST_CORRELATION
     facts = {"images": options.images, "seed": options.seed, "before": before, "after": os.getloadavg()[0]}
     facts |= {"tests": len(tests[1]), "accuracy": accuracy(model, *tests), "estimated": rows[0]["images"]}
