@@ -112,6 +112,7 @@ def finished(figure: Figure, path: str | Path, columns: int = 4) -> Paths:
     stem = check_picture(path)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fxbasis"}):  # text stays text, ids the same
         png = _write(figure, stem, "png", {})
+        figure.set_layout_engine("none")  # everything is in its place now
         return png, _write(figure, stem, "svg", {"Date": None})
 
 

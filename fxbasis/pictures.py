@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from .canvas import NAMED, Paths, check_picture, finished, name_layers, panels, rescale, width_for
-from .errors import InputError
+from .errors import InputError, MissingExtraError
 from .export.layer_times import LayerTimes
 from .passes.profiling import LayerProfile, Profile
 from .planning import ParetoFront
@@ -26,7 +26,7 @@ from .recipe import DENSE, Plan
 from .sensitivities import Sensitivities, Sensitivity
 from .structures import FORMS
 
-__all__ = ["draw_forecast", "draw_front", "draw_layers", "draw_sensitivities"]
+__all__ = ["draw_forecast", "draw_front", "draw_layers", "draw_sensitivities", "layers_for_report"]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PALE, GREY, DARK = "#DDDDDD", "#999999", "#333333"
@@ -193,6 +193,15 @@ def draw_layers(profile: Profile, path: str | Path, times: Mapping[int, LayerTim
         axes[1].set_ylabel(f"time (ms, threads: {found.threads})")
     name_layers(axes[-1], {number: layer.name for number, layer in layers.items()})
     return finished(figure, path)
+
+
+def layers_for_report(profile: Profile, folder: Path) -> str:
+    """Draw ``layers.png`` and ``layers.svg``, and return the Markdown that shows them, or says why not."""
+    try:
+        draw_layers(profile, folder / "layers")
+    except MissingExtraError as error:
+        return f"No picture of the layers: {error}."
+    return "![MACs of each convolution before and after](layers.svg)"
 
 
 def _totals(profile: Profile) -> str:

@@ -18,7 +18,7 @@ from fxbasis.canvas import NAMED, width_for
 from fxbasis.cli import main
 from fxbasis.errors import InputError, MissingExtraError, UsageError
 from fxbasis.passes.profiling import Profile
-from fxbasis.pictures import draw_forecast, draw_front, draw_layers, draw_sensitivities
+from fxbasis.pictures import draw_forecast, draw_front, draw_layers, draw_sensitivities, layers_for_report
 from fxbasis.planning import ParetoFront
 from fxbasis.recipe import LayerPlan, Plan
 from fxbasis.sensitivities import Sensitivities, Sensitivity
@@ -214,12 +214,25 @@ def test_without_matplotlib_the_extra_is_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_shows_the_layers_or_says_what_is_missing(
+    tmp_path: Path, work: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layers_for_report(work, tmp_path).endswith("(layers.svg)")
+    check_files((tmp_path / "layers.png", tmp_path / "layers.svg"), tmp_path / "layers")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert layers_for_report(work, tmp_path).startswith("No picture of the layers: pictures need matplotlib")
+
+
 def test_no_pyplot_and_no_setting_stays(tmp_path: Path) -> None:
     code = (
-        "import sys, matplotlib; before = matplotlib.rcParams.copy()\n"
+        "import sys, matplotlib\n"
+        "def settings():  # but the backend, which is looked for when it is read\n"
+        "    return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != 'backend'}\n"
+        "before = settings()\n"
         "from fxbasis.pictures import draw_forecast\n"
         f"draw_forecast([(0.1, 0.1), (0.2, 0.3)], {str(tmp_path / 'a')!r})\n"
-        "print('matplotlib.pyplot' in sys.modules, before == matplotlib.rcParams)"
+        "print('matplotlib.pyplot' in sys.modules, before == settings())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
