@@ -1,8 +1,8 @@
 """Plans within a measured time: layers are timed one by one, and whole models until one keeps the budget.
 
 The sum over layers misjudges a whole model by some per cent (layouts, fusions, what lies between), so it only
-leads: each plan is exported and measured in turns with the original, and the next one aims lower or higher by
-the ratio that was missed.
+leads: each plan is exported and measured in turns with the original, and the next one aims between the nearest
+of those tried.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def planned_by_time(
     floor = totals.least(candidates_of(subject, table, ["latency"], times), "latency")
     weights = {(one.layer.name, one.layer.form, one.layer.ranks): w for f in fitted.values() for one, w in f}
     tried: list[tuple[float, Plan]] = []
+    points = [(1.0, 1.0)]  # aim and ratio; the original is one
     aim = budget * MARGIN
     for _ in range(ROUNDS):
         limits = {**asked, "latency": max(floor, min(aim, 1.0))}
@@ -57,8 +58,20 @@ def planned_by_time(
         tried.append((ratio, found))
         if budget * (MARGIN - CLOSE) <= ratio <= budget * MARGIN or (aim <= floor and ratio > budget):
             break
-        aim *= budget * (MARGIN - CLOSE / 3) / ratio
+        points.append((aim, ratio))
+        aim = _aim_for(budget * (MARGIN - CLOSE / 3), points)
     return _best(tried, asked)
+
+
+def _aim_for(target: float, points: Sequence[tuple[float, float]]) -> float:
+    """The aim that should measure as ``target``: on the line between the nearest tries on either side."""
+    under = [point for point in points if point[1] <= target]
+    if not under:
+        aim, ratio = min(points, key=lambda point: point[1])
+        return aim * target / ratio
+    low, low_ratio = max(under, key=lambda point: point[1])
+    high, high_ratio = min((point for point in points if point[1] > target), key=lambda point: point[1])
+    return low + (high - low) * (target - low_ratio) / (high_ratio - low_ratio)
 
 
 def _best(tried: Sequence[tuple[float, Plan]], asked: Mapping[str, float]) -> Plan:

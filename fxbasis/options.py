@@ -9,6 +9,8 @@ MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:CALLABLE or path/to/file.py:CALLABLE; "
     "the callable takes no argument and returns a torch.nn.Module"
 )
+LIMITS = ("macs", "params", "latency", "max_drop")
+"""What can be planned for."""
 
 
 class Result:
@@ -168,8 +170,7 @@ def planning(options: argparse.Namespace) -> dict[str, Any]:
     """Budgets, forms and score, as far as given."""
     from .models import load_function
 
-    names = ("macs", "params", "latency", "max_drop")
-    found = {name: getattr(options, name, None) for name in names}
+    found = {name: getattr(options, name, None) for name in LIMITS}
     if options.forms:
         found["forms"] = tuple(options.forms.split(","))
     if options.evaluate:

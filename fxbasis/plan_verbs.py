@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .options import (
+    LIMITS,
     Result,
     add_budget,
     add_calibration,
@@ -31,6 +32,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jsonl", metavar="FILE", help="keeps measured points as they come; resumes from it")
     parser.add_argument("--minutes", type=float, help="of measured and evaluate, after which none is started")
+    parser.add_argument("--picture", metavar="FILE", help="also draw it, as FILE.png and FILE.svg")
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
@@ -45,6 +47,13 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     return load_chosen(options), example, load_calibration(options, example)
 
 
+def _picture(options: argparse.Namespace) -> Path | None:
+    """Where to draw, checked before the work begins."""
+    from .canvas import check_picture
+
+    return check_picture(options.picture) if options.picture else None
+
+
 def _add_sensitivities(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--forms", help="forms that are tried, with commas (default cp,gauge)")
@@ -55,10 +64,15 @@ def _add_sensitivities(parser: argparse.ArgumentParser) -> None:
 def _sensitivities(options: argparse.Namespace) -> Result:
     from .sensitivities import sensitivities
 
+    picture = _picture(options)
     model, example, calibration = _loaded(options)
     table = sensitivities(model, example, calibration=calibration, **_common(options))
     if options.csv:
         table.to_csv(options.csv)
+    if picture:
+        from .pictures import draw_sensitivities
+
+        draw_sensitivities(table, picture)
     return Result(str(table), table.to_dict())
 
 
@@ -70,13 +84,21 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> Result:
+    from .choices import asked_for
     from .files import check_target
-    from .planning import plan
+    from .planning import pareto
 
-    path = check_target(Path(options.out))
+    path, picture, how = check_target(Path(options.out)), _picture(options), _common(options)
+    asked = asked_for(**{name: how.pop(name, None) for name in LIMITS})
     model, example, calibration = _loaded(options)
-    found = plan(model, example, calibration=calibration, threads=options.threads, **_common(options))
+    cost = "params" if list(asked) == ["params"] else "macs"
+    front = pareto(model, example, calibration=calibration, cost=cost, **how)
+    found = front.within(asked, threads=options.threads)
     found.to_json(path)
+    if picture:
+        from .pictures import draw_front
+
+        draw_front(front, picture, found)
     return Result(f"{found}\nwritten to {path}", found.to_dict())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +99,25 @@ def plan_for(
     how: Mapping[str, Any],
 ) -> Plan:
     """``plan`` for a model under study."""
-    fitted, table = _table(subject, layers, forms, multiple, estimator, how)
-    if "latency" in asked:
-        return planned_by_time(subject, fitted, table, asked, combine, threads)
-    return planned(subject, table, asked, combine)
+    return _front(subject, "macs", layers, forms, estimator, multiple, how).within(asked, combine, threads)
 
 
-def _table(
-    subject: Subject, layers: Layers, forms: Sequence[str], multiple: int, name: str, how: Mapping[str, Any]
-) -> tuple[dict[str, list[Fitted]], Sensitivities]:
+def _front(
+    subject: Subject,
+    cost: str,
+    layers: Layers,
+    forms: Sequence[str],
+    name: str,
+    multiple: int,
+    how: Mapping[str, Any],
+) -> ParetoFront:
     if not subject.table:
         raise PlanError(
             "the model has no Conv2d, so there is nothing to plan; fxbasis.profile counts its work"
         )
     proposals = proposed(subject, forms, multiple, layers)
     fitted = fitted_all(subject, proposals)
-    return fitted, estimated(subject, fitted, name, **how)
+    return ParetoFront(cost, subject, fitted, estimated(subject, fitted, name, **how))
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,30 @@ class ParetoFront:
     """Every plan that no other beats in cost and predicted change, by rising cost.
 
     Attributes:
-        cost: its name. unit: of the changes.
+        cost: its name.
+        subject: the model under study.
+        fitted: what could stand for each layer, with its weights. table: what that does to the model.
     """
 
     cost: str
-    unit: str
     subject: Subject
+    fitted: Mapping[str, Sequence[Fitted]]
     table: Sensitivities
-    totals: Totals
-    found: Front
+
+    @property
+    def unit(self) -> str:
+        """Of the changes."""
+        return self.table.unit
+
+    @cached_property
+    def totals(self) -> Totals:
+        """Costs of the model."""
+        return totals_of(self.subject)
+
+    @cached_property
+    def found(self) -> Front:
+        """The points; put together when they are first asked for."""
+        return front(candidates_of(self.subject, self.table), self.cost)
 
     def __len__(self) -> int:
         return len(self.found)
@@ -148,6 +167,16 @@ class ParetoFront:
     def plan(self, index: int) -> Plan:
         """The plan of one point."""
         return made_plan(self.subject, self.table, self.found[index], self.totals, {})
+
+    def within(self, asked: Mapping[str, float], combine: str = "sum", threads: int = 1) -> Plan:
+        """The plan for budgets or a largest change, of the same candidates; arguments as of ``plan``.
+
+        Raises:
+            PlanError: for a budget that cannot be met, with the least that can.
+        """
+        if "latency" in asked:
+            return planned_by_time(self.subject, self.fitted, self.table, asked, combine, threads)
+        return planned(self.subject, self.table, asked, combine, self.totals)
 
 
 def pareto(
@@ -183,6 +212,4 @@ def pareto(
     subject = subject_of(model, example_inputs, calibration)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     name = estimator_for(estimator, calibration, evaluate)
-    table = _table(subject, layers, forms, multiple, name, how)[1]
-    found = front(candidates_of(subject, table), cost)
-    return ParetoFront(cost, table.unit, subject, table, totals_of(subject), found)
+    return _front(subject, cost, layers, forms, name, multiple, how)

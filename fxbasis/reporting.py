@@ -1,7 +1,8 @@
 """``report``: check and measure a compressed model against its original, and write everything down.
 
 The folder gets ``plan.json``, ``model.safetensors``, ``original.onnx``, ``compressed.onnx``, ``report.md``,
-``report.json`` and ``table.csv``: all of them, or none when a step fails.
+``report.json`` and ``table.csv``, and with matplotlib ``layers.png`` and ``layers.svg``: all of them, or none
+when a step fails.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .export.measuring import Latency, measure
 from .files import cannot_write, made_folder
 from .passes.folding import fold
 from .passes.profiling import LayerProfile, Profile, profile
+from .pictures import layers_for_report
 from .promises import promised
 from .proving import rewrite_difference
 from .running import ExampleInputs, describe, run
@@ -223,7 +225,8 @@ def report(
         with made_folder(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
             draft = Path(temporary)
             found = _examine(original, compressed, example_inputs, draft, title, remarks, runs, threads)
-            (draft / "report.md").write_text(found.to_markdown(), encoding="utf-8")
+            text = f"{found.to_markdown()}\n{layers_for_report(found.profile, draft)}\n"
+            (draft / "report.md").write_text(text, encoding="utf-8")
             (draft / "report.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
             (draft / "table.csv").write_text(found.to_csv(), encoding="utf-8")
             for file in sorted(draft.iterdir()):

@@ -22,7 +22,7 @@ VERBS = ("layers", "compress", "fold", "profile", "export", "measure", "demo")
 FILES = sorted(
     [
         *("plan.json", "model.safetensors", "original.onnx", "compressed.onnx"),
-        *("report.md", "report.json", "table.csv"),
+        *("report.md", "report.json", "table.csv", "layers.png", "layers.svg"),
     ]
 )
 SIZE = ["--input", "2x3x8x8"]

@@ -156,7 +156,7 @@ def test_the_papers_averages_take_as_many_times_less() -> None:
     found = plan(net, DATA[0], macs=0.9, combine="paper", **FAST)
     true = ratios(compress(net, DATA[0], plan=found), DATA[0])["macs"]
     assert found.forecast["macs"] == pytest.approx(1 - (1 - true) / 2)
-    with pytest.raises(PlanError, match="the least is 0.5"):
+    with pytest.raises(PlanError, match=r"the least is 0.5"):
         plan(net, DATA[0], macs=0.5, combine="paper", **FAST)
 
 

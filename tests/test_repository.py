@@ -103,7 +103,7 @@ LAYERS = {
         "saving",
         "diagnosis",
     ],
-    4: ["promises", "reporting"],
+    4: ["canvas", "pictures", "promises", "reporting"],
     5: [
         "models",
         "images",

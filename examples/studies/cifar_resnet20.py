@@ -65,20 +65,32 @@ class ResNet20(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def load_images(data: Path, part: str = "test", step: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every step-th ``part/<class>/*.jpg``: normalised images (N, 3, 32, 32), labels by class name (N,)."""
+def image_names(data: Path, part: str) -> list[str]:
+    """Every ``part/<class>/*.jpg`` of a zip file or folder, sorted."""
     if data.is_dir():
-        names = sorted(path.relative_to(data).as_posix() for path in data.glob(f"{part}/*/*.jpg"))
-        files = {name: (data / name).read_bytes() for name in names[::step]}
+        return sorted(path.relative_to(data).as_posix() for path in data.glob(f"{part}/*/*.jpg"))
+    with zipfile.ZipFile(data) as archive:
+        return sorted(n for n in archive.namelist() if n.startswith(f"{part}/") and n.endswith(".jpg"))
+
+
+def read_images(data: Path, names: list[str]) -> torch.Tensor:
+    """The images of those names, normalised (N, 3, 32, 32)."""
+    if data.is_dir():
+        files = [(data / name).read_bytes() for name in names]
     else:
         with zipfile.ZipFile(data) as archive:
-            names = sorted(n for n in archive.namelist() if n.startswith(f"{part}/") and n.endswith(".jpg"))
-            files = {name: archive.read(name) for name in names[::step]}
-    classes = sorted({name.split("/")[1] for name in names})
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files.values()])
+            files = [archive.read(name) for name in names]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return (images - mean) / std, torch.tensor([classes.index(name.split("/")[1]) for name in files])
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def load_images(data: Path, part: str = "test", step: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every step-th ``part/<class>/*.jpg``: normalised images (N, 3, 32, 32), labels by class name (N,)."""
+    names = image_names(data, part)
+    classes = sorted({name.split("/")[1] for name in names})
+    labels = torch.tensor([classes.index(name.split("/")[1]) for name in names[::step]])
+    return read_images(data, names[::step]), labels
 
 
 def load_model(weights: Path) -> ResNet20:

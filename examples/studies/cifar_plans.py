@@ -1,0 +1,155 @@
+"""ResNet-20 on CIFAR-10: whole plans for a budget of MACs, fitted to unlabelled images, without any training.
+
+    python examples/studies/cifar_plans.py --data cifar10-jpeg.zip --weights resnet20-cifar10-jpeg.pt
+    python examples/studies/cifar_plans.py --data ... --weights ... --budgets 0.5 --images 500
+
+``--data`` and ``--weights`` are those of ``cifar_resnet20.py``. The calibration images are drawn from
+``train/``, with a seed, and their labels are never read; every budget starts anew from the model. Exits with
+1, once the table is written, when one of the figures that are required is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar_resnet20 import image_names, load_images, load_model, read_images
+from scipy.stats import spearmanr
+from torch import nn
+
+import fxbasis
+from fxbasis.demo.digits import accuracy
+from fxbasis.export.layer_runs import processor
+
+BASELINE = ("output", "gauge")
+LEAST_ACCURACY, LEAST_CORRELATION = 80.0, 0.9
+SUBSET = 256
+STAGES = ("weights", "data", "sequential", "recalibrated")
+
+HEAD = """# ResNet-20 on CIFAR-10 within a budget of MACs
+
+`python examples/studies/cifar_plans.py --data cifar10-jpeg.zip --weights resnet20-cifar10-jpeg.pt`
+([source](cifar_plans.py)): `fxbasis.compress(model, example, macs=..., calibration=..., forms=...)`, nothing
+else. {images} training images, drawn with seed {seed}, without their labels; no gradient step. Accuracy is
+top-1 on all {tests:,} test images; the original has {accuracy:.2f} % at {macs:,} MACs an image. MACs are
+counted from the operations that ran. Changes are means over images of the outputs' Kullback-Leibler
+divergence, in nats: predicted before anything is built (Fisher, {estimated} images), and measured on the
+calibration images after each stage of the fit; the stage with the least is kept. Seconds are from the model
+to the compressed model.
+
+{processor}, {processors} processors, {threads} thread(s); torch {torch}, fxbasis {fxbasis}, Python {python}.
+Load of the machine, shared with other programs: {before:.1f} at the start, {after:.1f} at the end.
+"""
+COLUMNS = ("budget", "forms", "MACs", "predicted", *STAGES, "kept", "accuracy, %", "s, wall", "s, processor")
+
+
+def main() -> int:
+    """Write and print the table; 0 when every required figure is reached."""
+    options = _options()
+    before = os.getloadavg()[0]
+    model, calibration = load_model(options.weights), drawn(options.data, options.images, options.seed)
+    agreement, points = correlation(model, calibration, options.forms)
+    print(f"Spearman's rank correlation {agreement:.4f} over {points} points", flush=True)
+    tests = load_images(options.data)
+    wanted = [(budget, options.forms) for budget in options.budgets] + [(0.5, BASELINE)]
+    rows = [said(budget_row(model, calibration, tests, *one)) for one in wanted]
+    met = rows[-1]["accuracy, %"] >= LEAST_ACCURACY and agreement >= LEAST_CORRELATION
+    facts = {"images": options.images, "seed": options.seed, "before": before, "after": os.getloadavg()[0]}
+    facts |= {"tests": len(tests[1]), "accuracy": accuracy(model, *tests), "estimated": rows[0]["images"]}
+    facts["macs"] = fxbasis.profile(model, tests[0][:1]).macs
+    closing = (
+        f"Required: {', '.join(BASELINE)} at half of the MACs at least {LEAST_ACCURACY:.0f} %: "
+        f"{rows[-1]['accuracy, %']:.2f} %.\n\nRequired: at least {LEAST_CORRELATION} as Spearman's rank "
+        f"correlation between the fisher estimate and the measured change of one layer alone, over {points} "
+        f"layers, forms and ranks, {SUBSET} images: {agreement:.3f}.\n"
+    )
+    options.out.write_text(f"{head(facts)}\n{table(rows)}\n\n{closing}", encoding="utf-8")
+    print(f"{closing}\nwritten to {options.out}")
+    return 0 if met else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.35, 0.25], help="parts of MACs")
+    parser.add_argument("--images", type=int, default=1000, help="training images (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="that they are drawn with (default 0)")
+    parser.add_argument("--forms", nargs="+", default=["cp", "gauge"])
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
+    return parser.parse_args()
+
+
+def drawn(data: Path, count: int, seed: int, size: int = 250) -> list[torch.Tensor]:
+    """Training images in batches; their labels are never read."""
+    names = image_names(data, "train")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:count]
+    return list(read_images(data, [names[index] for index in order]).split(size))
+
+
+def budget_row(
+    model: nn.Module, calibration: list[torch.Tensor], tests: Any, budget: float, forms: Any
+) -> dict[str, Any]:
+    """Compress for one budget, with the clock running, and measure."""
+    example, wall, processing = tests[0][:2], time.perf_counter(), time.process_time()
+    small = fxbasis.compress(model, example, macs=budget, calibration=calibration, forms=tuple(forms))
+    wall, processing = time.perf_counter() - wall, time.process_time() - processing
+    work, forecast = fxbasis.profile(small, example), fxbasis.plan_of(small).forecast
+    return {
+        "budget": budget,
+        "forms": ", ".join(forms),
+        "MACs": work.counted / work.macs_before,
+        "predicted": forecast["change"],
+        **forecast["fit"]["changes"],
+        "kept": forecast["fit"]["kept"],
+        "accuracy, %": accuracy(small, *tests),
+        "s, wall": wall,
+        "s, processor": processing,
+        "images": forecast["images"],
+    }
+
+
+def said(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, printed on the way."""
+    print(", ".join(f"{name} {text}" for name, text in zip(COLUMNS, cells(row), strict=True)), flush=True)
+    return row
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Its columns as text."""
+    formats = {"MACs": ".4f", "accuracy, %": ".2f", "s, wall": ".0f", "s, processor": ".0f"}
+    formats |= dict.fromkeys(("predicted", *STAGES), ".3f")
+    return [format(row[name], formats.get(name, "")) for name in COLUMNS]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def head(facts: dict[str, Any]) -> str:
+    """What the table was made of and on."""
+    versions = {"torch": torch.__version__, "fxbasis": fxbasis.__version__}
+    versions |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+    return HEAD.format(**facts, **versions, processor=processor(), processors=os.cpu_count())
+
+
+def correlation(model: nn.Module, calibration: list[torch.Tensor], forms: Any) -> tuple[float, int]:
+    """Spearman's, of the fisher estimate with the measured change of one layer alone; over how many."""
+    images = torch.cat(calibration)[:SUBSET]
+    how = {"calibration": list(images.split(SUBSET)), "forms": tuple(forms)}
+    fisher, measured = (
+        fxbasis.sensitivities(model, images[:2], estimator=name, **how) for name in ("fisher", "measured")
+    )
+    changes = [[row.change for row in rows] for rows in (fisher, measured)]
+    return float(spearmanr(*changes).statistic), len(fisher)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
