@@ -38,6 +38,8 @@ LAYERS = {
         "coding",
         "evbmf",
         "tensor_bases",
+        "input_moments",
+        "cp_effort",
         "cp",
     ],
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
