@@ -20,10 +20,8 @@ that with a fixed A the new B and the new taps: two large products are a sweep. 
 * Components that cancel each other and grow (Phan et al. 2020) are held down by a ridge on the Gram
   matrices. It shrinks with the squared relative error, so that it does not stand in the way of an exact fit.
 * Sweeps run in float32 while the relative error is above ``COARSE``; the end is float64.
-* Last, A is fitted once more, for inputs as a ReLU leaves them: independent, of one mean m and one variance
-  v, where the output's squared error is |E|^2 + (m^2 / v) (sum of E)^2 for the error E of a filter; of
-  max(0, x) with x normal, m^2 / v = 1 / (pi - 1). It keeps the filters' sums, to which |E| is blind, and
-  with them the outputs' means, for 0.1 to 1 % of |E|.
+* The error is weighed by ``input_moments``, the correlations in all sweeps, the sums in a last step for A.
+  That costs some hundredths of the norm of the error, and saves more of the outputs' error.
 """
 
 from __future__ import annotations
@@ -35,16 +33,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .cp_starts import modes_of, principal, unit
+from .cp_effort import default_starts, default_sweeps
+from .cp_starts import components, modes_of, unit_norm, weighed
+from .input_moments import RECTIFIED
 from .tensor_bases import checked
 
-__all__ = ["cp", "default_starts", "default_sweeps", "largest_cp"]
+__all__ = ["cp", "largest_cp"]
 
 COARSE = 1e-2  # relative error below which float32 will not do
 PATIENCE = 3  # sweeps without progress that end a fit
-WORK = 60e9  # multiply-adds that a group's sweeps may take together
-SPARE = 10e9  # and those that all sweeps may take together where there are several starts
-RECTIFIED = 1 / (math.pi - 1)  # squared mean over variance of max(0, x), x normal
 
 
 def largest_cp(shape: Sequence[int], factors: int = 3) -> int:
@@ -57,29 +54,6 @@ def largest_cp(shape: Sequence[int], factors: int = 3) -> int:
     """
     modes = modes_of(shape, factors)
     return math.prod(modes) // max(modes)
-
-
-def default_sweeps(shape: Sequence[int], rank: int) -> int:
-    """As many sweeps as ``WORK`` buys, from 16 for the widest layers to 300 for small ones.
-
-    >>> default_sweeps((512, 512, 3, 3), 1140), default_sweeps((64, 64, 3, 3), 134)
-    (16, 300)
-    """
-    return int(min(300, max(16, WORK // _sweep_cost(shape, rank))))
-
-
-def default_starts(groups: int, shape: Sequence[int], rank: int) -> int:
-    """As many starts as ``SPARE`` buys, at least one and at most 16: small layers gain from them.
-
-    >>> default_starts(1, (64, 64, 3, 3), 134), default_starts(1, (16, 16, 3, 3), 28)
-    (1, 16)
-    """
-    start = groups * default_sweeps(shape, rank) * _sweep_cost(shape, rank)
-    return int(min(16, max(1, SPARE // start)))
-
-
-def _sweep_cost(shape: Sequence[int], rank: int) -> int:
-    return 2 * math.prod(shape) * rank + rank**3 + 2 * rank**2 * (shape[0] + shape[1])
 
 
 def cp(
@@ -120,15 +94,13 @@ def cp(
     """
     blocks = checked(weight, rank=rank)
     shape, largest = blocks.shape[1:], largest_cp(blocks.shape[1:], factors)
-    tensor, scale = unit(blocks.reshape(-1, *modes_of(shape, factors)))
-    first = principal(weight, min(rank, largest), factors) if first is None else first
-    found = [factor[:, : min(rank, largest)] for factor in first]
-    found = [factor.mT.contiguous() for factor in found]
-    if rank < largest and sum(size > 1 for size in tensor.shape[1:]) > 2:  # else a matrix, and its SVD
+    modes, (unit, scale) = modes_of(shape, factors), unit_norm(blocks)
+    if rank >= largest or sum(size > 1 for size in modes) < 3:  # exact, or a matrix, and its SVD
+        found = [factor.mT for factor in components(unit.reshape(-1, *modes), min(rank, largest))]
+    else:
         most = default_sweeps(shape, rank) if sweeps is None else sweeps
-        many = default_starts(len(tensor), shape, rank) if starts is None else starts
-        options = _Options(most, many, tolerance, ridge, seed)
-        found = _search(tensor, found, options)
+        many = default_starts(len(blocks), shape, rank) if starts is None else starts
+        found = _weighed(unit, modes, rank, _Options(most, many, tolerance, ridge, seed), first)
     out, into, *taps = (factor * scale ** (1 / len(found)) for factor in _balanced(found))
     sizes = [shape[2:]] if factors == 3 else [(shape[2], 1), (1, shape[3])]
     depthwise = [tap.mT.reshape(len(tap), -1, 1, *size) for tap, size in zip(taps, sizes, strict=True)]
@@ -153,7 +125,22 @@ def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     return [factor * scale for factor, scale in zip(factors, scales, strict=True)]
 
 
-def _search(tensor: Tensor, start: list[Tensor], options: _Options) -> list[Tensor]:
+def _weighed(
+    unit: Tensor, modes: tuple[int, ...], rank: int, options: _Options, first: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """The fit of blocks (g, O, I, K_h, K_w) by the error of outputs that ``input_moments`` gives."""
+    tensor, roots = weighed(unit, modes)
+    first = components(tensor, rank) if first is None else first
+    start = [factor[:, :rank].mT.contiguous() for factor in first]
+    both = torch.kron(*roots)
+    found, error = _search(tensor, start, options)
+    ones = torch.linalg.solve(both, both.new_ones(len(both)))
+    found = _refitted(tensor, found, ones, options.ridge * error.square())
+    taps = zip([both] if len(modes) == 3 else roots, found[2:], strict=True)
+    return [*found[:2], *(torch.linalg.solve(matrix, tap) for matrix, tap in taps)]
+
+
+def _search(tensor: Tensor, start: list[Tensor], options: _Options) -> tuple[list[Tensor], Tensor]:
     """Least squares from every start; each group keeps its best one, which ends in float64."""
     generator, groups = torch.Generator().manual_seed(options.seed), len(tensor)
     shapes = [(options.starts - 1, 1, *factor.shape[1:]) for factor in start]  # one for all groups
@@ -169,20 +156,19 @@ def _search(tensor: Tensor, start: list[Tensor], options: _Options) -> list[Tens
     left = options.sweeps - used if bool((errors[best] < COARSE).any()) else 0
     # float32 cannot tell how small a small error is: begin from the largest that it can be
     error = errors[best].clamp(min=COARSE)
-    found, error, _ = _descend(tensor, [factor[best] for factor in found], error, max(left, 1), options)
-    return _refitted(tensor, found, options.ridge * error.square())
+    return _descend(tensor, [factor[best] for factor in found], error, max(left, 1), options)[:2]
 
 
-def _refitted(tensor: Tensor, factors: list[Tensor], ridge: Tensor) -> list[Tensor]:
-    """The last step's factor once more, for inputs whose second moments are I + ``RECTIFIED`` 1 1^T."""
+def _refitted(tensor: Tensor, factors: list[Tensor], ones: Tensor, ridge: Tensor) -> list[Tensor]:
+    """A once more, with the filters' sums; (taps,) ``ones`` is what sums over the taps."""
     _, into, *taps = factors
     kernel = _kernel(taps)
-    sums = into.sum(1, keepdim=True) * kernel.sum(1, keepdim=True)  # (g, 1, R), of every component
+    sums = into.sum(1, keepdim=True) * (ones @ kernel)[:, None]  # (g, 1, R), of every component
     rows = _views(tensor)[0] @ into  # (g, taps O, R)
     target = (rows.reshape(*kernel.shape[:2], -1, kernel.shape[2]) * kernel[:, :, None]).sum(1)
-    target = target + RECTIFIED * tensor.flatten(2).sum(2, keepdim=True) * sums
-    gram = (into.mT @ into) * _gram(taps) + RECTIFIED * sums.mT * sums
-    return [_solved(gram, target, ridge), into, *taps]
+    target = target + RECTIFIED * (tensor.flatten(3) @ ones).sum(2)[..., None] * sums
+    gram = (into.mT @ into) * _gram(taps)
+    return [_solved(gram + RECTIFIED * sums.mT * sums, target, ridge), into, *taps]
 
 
 def _descend(

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .bases import decompose
 from .errors import SelectionError
+from .input_moments import root
 from .tensor_bases import checked, leading
 
-__all__ = ["modes_of", "principal", "unit"]
+__all__ = ["components", "modes_of", "principal", "unit_norm", "weighed"]
 
 
 def modes_of(shape: Sequence[int], factors: int) -> tuple[int, ...]:
@@ -28,15 +29,22 @@ def modes_of(shape: Sequence[int], factors: int) -> tuple[int, ...]:
     return (out, into, height * width) if factors == 3 else (out, into, height, width)
 
 
-def unit(tensor: Tensor) -> tuple[Tensor, Tensor]:
+def unit_norm(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Each group over its norm, and the norms (g, 1, 1)."""
-    scale = tensor.flatten(1).norm(dim=1)[:, None, None]
-    unit = tensor.flatten(1) / torch.where(scale > 0, scale, 1.0)[:, 0]
-    return unit.view_as(tensor), scale
+    scale = blocks.flatten(1).norm(dim=1)[:, None, None]
+    return blocks / torch.where(scale > 0, scale, 1.0)[..., None, None], scale
+
+
+def weighed(unit: Tensor, modes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """The tensor (g, *modes) in the metric of ``input_moments``, and the roots of it along K_h and K_w."""
+    roots = [root(size) for size in unit.shape[3:]]
+    return torch.einsum("goihw,hx,wy->goixy", unit, *roots).reshape(-1, *modes), roots
 
 
 def principal(weight: Tensor, rank: int, factors: int = 3) -> list[Tensor]:
     """The largest components of a weight's slices, largest first, so that smaller ranks are its beginning.
+
+    In the metric that ``cp`` fits in.
 
     Args:
         weight: blocks (g, O, I, K_h, K_w), each of which is scaled to norm 1.
@@ -47,7 +55,11 @@ def principal(weight: Tensor, rank: int, factors: int = 3) -> list[Tensor]:
     [(1, 10, 8), (1, 10, 4), (1, 10, 9)]
     """
     blocks = checked(weight, rank=rank)
-    tensor = unit(blocks.reshape(-1, *modes_of(blocks.shape[1:], factors)))[0]
+    return components(weighed(unit_norm(blocks)[0], modes_of(blocks.shape[1:], factors))[0], rank)
+
+
+def components(tensor: Tensor, rank: int) -> list[Tensor]:
+    """The ``rank`` largest components of the slices of (g, *modes), the shortest modes being indices."""
     order = sorted(range(1, tensor.ndim), key=lambda mode: tensor.shape[mode])
     core, axes = tensor.permute(0, *order), []
     for place in range(1, tensor.ndim - 2):

@@ -1,8 +1,8 @@
 """Plans within a measured time: layers are timed one by one, and whole models until one keeps the budget.
 
 The sum over layers misjudges a whole model by some per cent (layouts, fusions, what lies between), so it only
-leads: each plan is exported and measured in turns with the original, and the next one aims between the nearest
-of those tried.
+leads: each plan is exported and measured in turns with the original, and the next one aims between the
+nearest of those tried.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxbasis.cp import cp, default_starts, default_sweeps, largest_cp
+from fxbasis.cp import cp, largest_cp
+from fxbasis.cp_effort import default_starts, default_sweeps
 from fxbasis.errors import InputError, SelectionError
 from fxbasis.tensor_bases import largest_tt, largest_tucker2, tt, tucker2
 
@@ -69,11 +70,13 @@ def gap(weight: Tensor, found: Tensor) -> float:
 Fit = tuple[Callable[..., tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
 FITS: dict[str, Fit] = {
     "cp": (
-        lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:]))[0], sweeps=40),
+        lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:]))[0], sweeps=40, starts=2),
         from_cp,
     ),
     "cp4": (
-        lambda weight, share: cp(weight, _part(share, largest_cp(weight.shape[1:], 4))[0], 4, sweeps=40),
+        lambda weight, share: cp(
+            weight, _part(share, largest_cp(weight.shape[1:], 4))[0], 4, sweeps=40, starts=2
+        ),
         from_cp,
     ),
     "tucker2": (
