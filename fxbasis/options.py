@@ -11,6 +11,9 @@ MODEL_HELP = (
 )
 
 
+BUDGETS = ("macs", "params", "latency", "max_drop")
+
+
 class Result:
     """What a verb prints: text for people, plain values for ``--json``."""
 
@@ -100,7 +103,8 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-if-slower",
         action="store_true",
-        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense",
+        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense "
+        "(under a plan or a budget, which decides, nothing is dropped)",
     )
     add_timing(parser)
 
@@ -168,10 +172,9 @@ def planning(options: argparse.Namespace) -> dict[str, Any]:
     """Budgets, forms and score, as far as given."""
     from .models import load_function
 
-    names = ("macs", "params", "latency", "max_drop")
-    found = {name: getattr(options, name, None) for name in names}
+    found = {name: getattr(options, name, None) for name in BUDGETS}
     if options.forms:
-        found["forms"] = tuple(options.forms.split(","))
+        found["forms"] = tuple(form.strip() for form in options.forms.split(","))
     if options.evaluate:
         found["evaluate"] = load_function(options.evaluate)
     return {name: value for name, value in found.items() if value is not None}
