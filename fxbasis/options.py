@@ -168,6 +168,17 @@ def load_calibration(options: argparse.Namespace, example: Any) -> Any:
     )
 
 
+def calibration_remark(options: argparse.Namespace) -> tuple[str, ...]:
+    """How the calibration images were prepared, in a sentence."""
+    from .images import preparation_of
+
+    if options.calibration is None:
+        return ()
+    found = preparation_of(options.model)
+    numbers = f"mean {found.mean}, deviation {found.std}"
+    return (f"Calibration images of {options.calibration} were normalised by {numbers}: {found.source}.",)
+
+
 def planning(options: argparse.Namespace) -> dict[str, Any]:
     """Budgets, forms and score, as far as given."""
     from .models import load_function

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from .errors import UsageError
 from .options import (
-    MODEL_HELP,
     BUDGETS,
+    MODEL_HELP,
     Result,
     add_compress,
     add_compressed,
     add_model,
     add_model_options,
     add_timing,
+    calibration_remark,
     load_calibration,
     load_chosen,
     load_pair,
@@ -83,6 +84,7 @@ def _compress(options: argparse.Namespace) -> Result:
     timing = {"keep_if_slower": keep, "threads": options.threads}
     calibration = load_calibration(options, example)
     small = compress(model, example, plan=options.plan, calibration=calibration, **given, **timing)
+    remarks = calibration_remark(options)
     random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
     done = report(
         model,
@@ -90,7 +92,7 @@ def _compress(options: argparse.Namespace) -> Result:
         example,
         options.out,
         title=options.model,
-        remarks=() if options.weights or ":" not in options.model or not _zoo(options.model) else (random,),
+        remarks=remarks if options.weights or not _zoo(options.model) else (random, *remarks),
         runs=options.runs,
         threads=options.threads,
     )

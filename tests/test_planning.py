@@ -254,15 +254,9 @@ def test_a_broken_promise_and_a_point_of_a_front_are_told(tmp_path: Path) -> Non
     assert "**A promise failed: MACs at most 0.01, measured 0." in (tmp_path / "report.md").read_text()
 
 
-class Wide(nn.Sequential):
-    def __init__(self) -> None:
-        convs = [nn.Conv2d(64, 64, 3, padding=1) for _ in range(2)]
-        super().__init__(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), convs[0], nn.ReLU(), convs[1])
-
-
-@pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 def test_a_time_is_kept_when_measured_again() -> None:
-    net, data = Wide().eval(), [torch.randn(2, 3, 28, 28)]
+    convs = [nn.Conv2d(channels, 64, 3, padding=1) for channels in (3, 64, 64)]
+    net, data = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2]), [torch.randn(2, 3, 28, 28)]
     small = compress(net, data[0][:1], latency=0.7, calibration=data, forms=["gauge"])
     assert plan_of(small).forecast["measured latency"] <= 0.7
     assert plan_of(small).forecast["asked"] == {"latency": 0.7}
