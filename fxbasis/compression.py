@@ -202,7 +202,7 @@ def _rewritten(model: nn.Module, traced: nn.Module, plan: Plan, subject: Subject
     _say(traced, plan)
     _warn_of_repeated_outputs(rewrite(traced, plan))
     rewrite_difference(model, traced, subject.example)
-    forecast = dict(plan.forecast)
+    forecast = {name: value for name, value in plan.forecast.items() if name != "fit"}  # of another model
     if subject.batches and plan.compressed:
         forecast["fit"] = asdict(fit_to_data_(traced, subject))
         rewrite_difference(fold(traced), traced, subject.example)

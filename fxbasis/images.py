@@ -40,7 +40,7 @@ class Preparation:
         from torchvision.transforms import functional
 
         channels, height, width = size
-        image = image.convert("L" if channels == 1 else "RGB")
+        image = _of_8_bits(image).convert("L" if channels == 1 else "RGB")
         short = round(max(height, width) / (self.crop if min(height, width) >= 64 else 1.0))
         resized = functional.resize(image, [short], antialias=True)
         cut = functional.to_tensor(functional.center_crop(resized, [height, width]))
@@ -49,6 +49,13 @@ class Preparation:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         made: Tensor = (cut - mean[:, None, None]) / std[:, None, None]
         return made
+
+
+def _of_8_bits(image: Any) -> Any:
+    """The same image; where it has 16 bits, which ``convert`` would cut off at 255, scaled to 8."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 257))
 
 
 def preparation_of(spec: str) -> Preparation:
@@ -82,10 +89,12 @@ def images_in(
     """Batches (50, C, H, W) of the images in a folder and its subfolders, at random if there are too many.
 
     Raises:
-        UsageError: for a folder without images, or a damaged image.
+        UsageError: for a folder without images, a damaged image, or inputs that are no images.
     """
     from PIL import Image
 
+    if size[0] not in (1, 3):
+        raise UsageError(f"images have 1 or 3 channels, and --input has {size[0]}; pass batches in Python")
     path = Path(folder)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
     if not files:
@@ -96,6 +105,6 @@ def images_in(
         try:
             with Image.open(file) as image:
                 found.append(prepare(image, size))
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UsageError(f"{file} is no image that can be read ({error}); take it out") from error
     return list(torch.stack(found).split(BATCH))  # type: ignore[no-untyped-call]

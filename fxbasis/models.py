@@ -123,7 +123,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     """
     source, _, name = spec.rpartition(":")
     if not source or not name:
-        raise UsageError(f"function {spec!r} is not of the form module:function or file.py:function")
+        raise UsageError(f"function {spec!r} is not of the form source:name; write module:function")
     with _searching([Path(source).parent.resolve(), Path.cwd()]):
         found = getattr(_import(source), name, None)
     if not callable(found):

@@ -102,7 +102,8 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-if-slower",
         action="store_true",
-        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense",
+        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense "
+        "(under a plan or a budget, which decides, nothing is dropped)",
     )
     add_timing(parser)
 
@@ -166,13 +167,24 @@ def load_calibration(options: argparse.Namespace, example: Any) -> Any:
     )
 
 
+def calibration_remark(options: argparse.Namespace) -> tuple[str, ...]:
+    """How the calibration images were prepared, in a sentence."""
+    from .images import preparation_of
+
+    if options.calibration is None:
+        return ()
+    found = preparation_of(options.model)
+    numbers = f"mean {found.mean}, deviation {found.std}"
+    return (f"Calibration images of {options.calibration} were normalised by {numbers}: {found.source}.",)
+
+
 def planning(options: argparse.Namespace) -> dict[str, Any]:
     """Budgets, forms and score, as far as given."""
     from .models import load_function
 
     found = {name: getattr(options, name, None) for name in LIMITS}
     if options.forms:
-        found["forms"] = tuple(options.forms.split(","))
+        found["forms"] = tuple(form.strip() for form in options.forms.split(","))
     if options.evaluate:
         found["evaluate"] = load_function(options.evaluate)
     return {name: value for name, value in found.items() if value is not None}

@@ -62,8 +62,11 @@ def _add_sensitivities(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivities(options: argparse.Namespace) -> Result:
+    from .files import check_target
     from .sensitivities import sensitivities
 
+    if options.csv:
+        check_target(Path(options.csv))
     picture = _picture(options)
     model, example, calibration = _loaded(options)
     table = sensitivities(model, example, calibration=calibration, **_common(options))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .options import (
+    BUDGETS,
     MODEL_HELP,
     Result,
     add_compress,
@@ -16,6 +17,7 @@ from .options import (
     add_model,
     add_model_options,
     add_timing,
+    calibration_remark,
     load_calibration,
     load_chosen,
     load_pair,
@@ -70,16 +72,19 @@ def _compress(options: argparse.Namespace) -> Result:
         flags = ", ".join(map(_flag, given))
         raise UsageError(f"--plan decides instead of {flags}; give one of them")
     rules = [_flag(name) for name in RANK_RULES if name in given]
-    if len(rules) > 1:
-        raise UsageError(f"{' and '.join(rules)} both say the rank; give one of them")
+    budget = any(name in given for name in BUDGETS)
+    if len(rules) + budget > 1:
+        both = [*rules, *(_flag(name) for name in BUDGETS if name in given)]
+        raise UsageError(f"{' and '.join(both[:2])} both say the rank; give one of them")
     if "size" in given:
         given["size"] = number(given["size"])
     example = parse_input(options.input)
     model = load_chosen(options)
-    keep = options.keep_if_slower or options.plan is not None
+    keep = options.keep_if_slower or options.plan is not None or budget
     timing = {"keep_if_slower": keep, "threads": options.threads}
     calibration = load_calibration(options, example)
     small = compress(model, example, plan=options.plan, calibration=calibration, **given, **timing)
+    remarks = calibration_remark(options)
     random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
     done = report(
         model,
@@ -87,7 +92,7 @@ def _compress(options: argparse.Namespace) -> Result:
         example,
         options.out,
         title=options.model,
-        remarks=() if options.weights or ":" not in options.model or not _zoo(options.model) else (random,),
+        remarks=remarks if options.weights or not _zoo(options.model) else (random, *remarks),
         runs=options.runs,
         threads=options.threads,
     )
