@@ -131,7 +131,8 @@ def _refit(
         sums.add(patches, target[:, made].reshape(at.numel(), groups, -1).transpose(0, 1))
         copied += _copied(form, target, patches)
         count += at.numel()
-    weight, constant = sums.solve(with_mean=form.bias is not None or norm is not None)
+    start = last.weight.detach().to("cpu", torch.float64).reshape(groups, -1, sums.gram.shape[1])
+    weight, constant = sums.solve(start, with_mean=form.bias is not None or norm is not None)
     constants = copied / max(1, count)
     constants[made] = constant.flatten()
     with torch.no_grad():
