@@ -22,7 +22,7 @@ from .errors import PlanError, UsageError
 from .files import made_folder, write_through, write_whole
 from .passes.rewriting import check_plan, rewrite
 from .passes.tracing import parts_of, retrace
-from .recipe import Plan, read_json
+from .recipe import FORECAST, Plan, read_json
 from .running import load_values
 
 __all__ = ["load", "save"]
@@ -77,6 +77,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     loaded = retrace(model, _graphs(content.get("graphs"), folder / PLAN_FILE))
     rewrite(loaded, plan, empty=True)
     _load_state(loaded, folder / WEIGHTS_FILE)
+    if plan.forecast:
+        setattr(loaded, FORECAST, dict(plan.forecast))
     return loaded
 
 

@@ -65,8 +65,8 @@ class Subject:
     @cached_property
     def comparable(self) -> bool:
         """Whether the change between two outputs of the model is defined."""
+        output = run(self.model, self.batches[0])
         try:
-            output = run(self.model, self.batches[0])
             divergence(output, output)
         except InputError:
             return False
@@ -91,14 +91,14 @@ class Subject:
         found = hashlib.sha256(repr(settings).encode())
         for name, tensor in self.model.state_dict().items():
             found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(_bytes(tensor))
         for batch in self.batches:
             map_tensors(lambda t: found.update(_bytes(t)) or t, batch)  # type: ignore[func-returns-value]
         return found.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def subject_of(model: nn.Module, example_inputs: ExampleInputs, calibration: Iterable[Any] | None) -> Subject:
