@@ -13,7 +13,10 @@ kept.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from .forms import BasisConv2d
 from .passes.numbering import conv_layers
 from .progress import progress
 from .recalibration import recalibrate_batchnorm_
-from .refitting import refit_in_sequence_, refittable, targets_of
+from .refitting import add_constant, batchnorms_behind, refit_in_sequence_, refittable, targets_of
 from .running import ExampleInputs, load_values, run
 from .subjects import Subject, put_weights
 
@@ -48,9 +51,10 @@ class Fit:
 
 
 def change_of(expected: list[object], model: nn.Module, batches: tuple[ExampleInputs, ...]) -> float:
-    """The mean change of a model's outputs from the expected ones, in nats."""
+    """The mean change of a model's outputs from the expected ones, in nats; infinite where one is NaN."""
     pairs = zip(batches, expected, strict=True)
-    return float(torch.cat([divergence(output, run(model, inputs)) for inputs, output in pairs]).mean())
+    changes = torch.cat([divergence(output, run(model, inputs)) for inputs, output in pairs])
+    return math.inf if changes.isnan().any() else float(changes.mean())
 
 
 def fit_to_data_(small: nn.Module, subject: Subject) -> Fit:
@@ -63,20 +67,31 @@ def fit_to_data_(small: nn.Module, subject: Subject) -> Fit:
         raise InputError("there is no calibration data to fit to; pass calibration=, some batches of inputs")
     layers = conv_layers(small)
     forms = {name: form for name, form in layers.items() if isinstance(form, BasisConv2d)}
-    forms = {name: form for name, form in forms.items() if name in subject.layers and _fits(form)}
+    forms = {name: form for name, form in forms.items() if name in subject.layers}
     stages = _Stages(small, subject)
     stages.done("weights")
-    for name, form in progress(list(forms.items()), "fitting to data"):
-        _fit(form, subject, name)
+    norms = batchnorms_behind(small, {name: form.ends[1] for name, form in forms.items()})
+    means = {name: cast(Tensor, norm.running_mean).clone() for name, norm in norms.items()}
+    _each_by_itself(forms, subject, norms)
     stages.done("data")
     once = {r.name for r in subject.table if r.calls == 1}
     again = {name: form for name, form in forms.items() if name in once and refittable(form)}
+    for name in again.keys() & norms.keys():  # they are to take the whole constant again
+        cast(Tensor, norms[name].running_mean).copy_(means[name])
     targets = targets_of(subject.layers, again, subject.model, subject.batches)
     refit_in_sequence_(small, again, targets, subject.batches)
     stages.done("sequential")
-    if recalibrate_batchnorm_(small, subject.batches):
+    if _recalibrated(small, subject.batches):
         stages.done("recalibrated")
     return stages.best()
+
+
+def _recalibrated(small: nn.Module, batches: tuple[ExampleInputs, ...]) -> bool:
+    """Whether it could be: in training mode a BatchNorm refuses a single value for each channel."""
+    try:
+        return bool(recalibrate_batchnorm_(small, [(inputs,) for inputs in batches]))
+    except InputError:
+        return False
 
 
 class _Stages:
@@ -92,13 +107,15 @@ class _Stages:
     def done(self, stage: str) -> None:
         """Keep the state if its change is the least; where none is defined, that of the sequential refit."""
         if self.subject.comparable:
-            self.changes[stage] = change_of(self.expected, self.small, self.subject.batches)
-            better = self.changes[stage] <= min(self.changes.values())
+            change = change_of(self.expected, self.small, self.subject.batches)
+            better = change <= self.changes.get(self.kept, math.inf)
+            self.changes[stage] = change
         else:
             better = stage != "recalibrated"
         if better:
             self.kept = stage
-            self.state = {name: value.clone() for name, value in self.small.state_dict().items()}
+            state = self.small.state_dict().items()
+            self.state = {name: value.clone() for name, value in state if isinstance(value, Tensor)}
 
     def best(self) -> Fit:
         """Put the best state back."""
@@ -106,13 +123,16 @@ class _Stages:
         return Fit(self.changes, self.kept, self.subject.images)
 
 
-def _fits(form: BasisConv2d) -> bool:
-    """Whether a fit to data is known: copies and sums of atoms are no free composition."""
-    return form.plan.form != "reduced"
-
-
-def _fit(form: BasisConv2d, subject: Subject, name: str) -> None:
-    statistics = subject.statistics[name]
-    moment = statistics.covariance if name in subject.with_mean else statistics.moment
-    weights = fit_to_data(subject.weight(name), form.plan, moment, statistics.metric)
-    put_weights(form, weights)
+def _each_by_itself(
+    forms: Mapping[str, BasisConv2d], subject: Subject, norms: Mapping[str, nn.BatchNorm2d]
+) -> None:
+    """Fit the layers; where a constant is free, it makes up for what the mean patch gives less."""
+    for name, form in progress(list(forms.items()), "fitting to data"):
+        statistics, norm, weight = subject.statistics[name], norms.get(name), subject.weight(name)
+        with_mean = form.bias is not None or norm is not None
+        moment = statistics.covariance if with_mean else statistics.moment
+        put_weights(form, fit_to_data(weight, form.plan, moment, statistics.metric))
+        if with_mean:
+            shift = weight - form.weight.detach().to("cpu", torch.float64)
+            rows = shift.reshape(len(moment), -1, moment.shape[1])
+            add_constant(form, norm, (rows @ statistics.mean[:, :, None]).flatten())

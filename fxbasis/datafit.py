@@ -25,7 +25,7 @@ from .gauge import regauge
 from .least_squares import ridge_solve
 from .recipe import LayerPlan
 
-__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fits"]
+__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fits", "squared"]
 
 WORK, SHORT_WORK = 60e9, 20e9
 """Multiply-adds that renewing one layer may take, and the sweeps of a short fit."""
@@ -48,11 +48,28 @@ def fit_to_data(
         start: of ``short_fits``, for a short fit; a thorough one begins from the best fit to the weight.
     """
     weight = weight.detach().to("cpu", torch.float64)
-    metric = metric + DAMPING * metric.diagonal().mean().clamp(min=1e-30) * torch.eye(len(metric)).double()
+    if not moment.any() or not moment.isfinite().all() or plan.steps[-1].groups != plan.groups:
+        return fit(weight, plan)  # no input was seen, or filters of several groups share a basis
+    metric = _damped(metric)
     if plan.form in ("output", "gauge"):
         return _projected(weight, plan, moment, metric)
+    if plan.form == "reduced":
+        return fit(weight, plan, moment)
     rounds = ROUNDS if start is None else SHORT
     return renewed(weight, plan, fit(weight, plan) if start is None else start, moment, metric, rounds)
+
+
+def _damped(metric: Tensor) -> Tensor:
+    """Invertible; the identity where no gradient was seen."""
+    one, mean = torch.eye(len(metric), dtype=torch.float64), metric.diagonal().mean()
+    return metric + DAMPING * mean * one if metric.isfinite().all() and mean > 0 else one
+
+
+def blocks_of(metric: Tensor, groups: int) -> Tensor:
+    """(g, C / g, C / g): the metric inside each group. Moments across groups are not known, nor needed."""
+    size = len(metric) // groups
+    parts = [slice(group * size, (group + 1) * size) for group in range(groups)]
+    return torch.stack([metric[part, part] for part in parts])
 
 
 def short_fits(weight: Tensor, plans: Sequence[LayerPlan]) -> list[Weights]:
@@ -82,10 +99,7 @@ def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) 
     """Output PCA in the metric, group by group."""
     groups, rank = plan.groups, plan.rank // plan.groups
     rows = weight.reshape(groups, -1, moment.shape[1])
-    size = rows.shape[1]
-    parts = [slice(group * size, (group + 1) * size) for group in range(groups)]
-    blocks = torch.stack([metric[part, part] for part in parts])
-    values, vectors = torch.linalg.eigh(blocks)
+    values, vectors = torch.linalg.eigh(blocks_of(metric, groups))
     roots = values.clamp(min=1e-6 * float(values.max())).sqrt()
     root, back = (vectors * roots[:, None] @ vectors.mT, vectors / roots[:, None] @ vectors.mT)
     leading = torch.linalg.eigh(root @ rows @ moment @ rows.mT @ root)[1].flip(2)[:, :, :rank]
@@ -110,24 +124,30 @@ def refit(weight: Tensor, plan: LayerPlan, weights: Mapping[str, Tensor], moment
     """The same steps with the composition that is best for the patches, in any metric of the outputs."""
     basis = features(plan, weights)
     target = weight.reshape(plan.groups, -1, basis.shape[2])
-    image = moment @ basis.mT
-    solved = ridge_solve(basis @ image, target @ image)
-    return {**weights, "composition.weight": solved.reshape(weights["composition.weight"].shape)}
+    image, start = moment @ basis.mT, weights["composition.weight"]
+    rows = start.reshape(plan.groups, -1, basis.shape[1])
+    solved = ridge_solve(basis @ image, target @ image, rows)
+    return {**weights, "composition.weight": solved.reshape(start.shape)}
 
 
 def error_of(weight: Tensor, other: Tensor, moment: Tensor, metric: Tensor | None = None) -> float:
     """tr[G (W - V) M (W - V)^T] over tr[G W M W^T]; G is the identity by default."""
-    image = _image_in(moment, metric)
-    whole = float((image(weight) * weight).sum())
-    return float((image(weight - other) * (weight - other)).sum()) / whole if whole > 0 else 0.0
+    whole = squared(weight, moment, metric)
+    return squared(weight - other, moment, metric) / whole if whole > 0 else 0.0
+
+
+def squared(shift: Tensor, moment: Tensor, metric: Tensor | None = None) -> float:
+    """tr[G S M S^T], group by group."""
+    return float((_image_in(moment, metric)(shift) * shift).sum())
 
 
 def _image_in(moment: Tensor, metric: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """W to G W M."""
+    """W to G W M, group by group."""
+    blocks = None if metric is None else blocks_of(metric, len(moment))
 
     def image(weight: Tensor) -> Tensor:
-        rows = (weight.reshape(len(moment), -1, moment.shape[1]) @ moment).flatten(0, 1)
-        return (rows if metric is None else metric @ rows).reshape(weight.shape)
+        rows = weight.reshape(len(moment), -1, moment.shape[1]) @ moment
+        return (rows if blocks is None else blocks @ rows).reshape(weight.shape)
 
     return image
 

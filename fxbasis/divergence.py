@@ -17,6 +17,8 @@ from .running import tensors_of
 
 __all__ = ["divergence", "probe"]
 
+_REMEDY = 'is not defined; pass evaluate=, a function that scores a model, or estimator="output"'
+
 
 def divergence(expected: Any, actual: Any) -> Tensor:
     """The change of each image, (B,) float64.
@@ -25,18 +27,26 @@ def divergence(expected: Any, actual: Any) -> Tensor:
     tensor([0.], dtype=torch.float64)
 
     Raises:
-        InputError: when the outputs are no batch of floating tensors.
+        InputError: when the outputs are no batch of floating tensors, or not of the same shapes.
     """
-    pairs = zip(_leaves(expected), _leaves(actual), strict=True)
+    first, second = _leaves(expected), _leaves(actual)
+    shapes, others = ([tuple(leaf.shape) for leaf in leaves] for leaves in (first, second))
+    if shapes != others:
+        raise InputError(f"the outputs have shapes {shapes} and {others}, so their change {_REMEDY}")
+    pairs = zip(first, second, strict=True)
     return sum(_change(a.detach().double(), b.detach().double()) for a, b in pairs)  # type: ignore[return-value]
 
 
 def _change(expected: Tensor, actual: Tensor) -> Tensor:
     if _is_logits(expected):
         log_p, log_q = expected.log_softmax(1), actual.log_softmax(1)
-        return (log_p.exp() * (log_p - log_q)).sum(1).clamp(min=0.0)
-    scale = expected.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return 0.5 * (actual - expected).square().flatten(1).mean(1) / scale
+        parts = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
+        return parts.sum(1).clamp(min=0.0)
+    return 0.5 * (actual - expected).square().flatten(1).mean(1) / _scale(expected)
+
+
+def _scale(expected: Tensor) -> Tensor:
+    return expected.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def probe(output: Any, generator: torch.Generator) -> Tensor:
@@ -50,15 +60,16 @@ def probe(output: Any, generator: torch.Generator) -> Tensor:
 
 
 def _probe(leaf: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf.device, leaf.dtype) * 2 - 1
+    signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf.device, torch.float64) * 2 - 1
+    value = leaf.detach().double()
     if _is_logits(leaf):
-        p = leaf.detach().softmax(1)
+        p = value.softmax(1)
         weights = signs * p.sqrt()
         vector = weights - p * weights.sum(1, keepdim=True)
     else:
-        scale = leaf.detach().square().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        vector = signs / (scale * leaf[0].numel()).sqrt()
-    return (vector * leaf).sum()
+        vector = signs / (_scale(value) * leaf[0].numel()).sqrt()
+    largest = torch.finfo(leaf.dtype).max
+    return (vector.clamp(-largest, largest).to(leaf.dtype) * leaf).sum()
 
 
 def _is_logits(leaf: Tensor) -> bool:
@@ -67,9 +78,16 @@ def _is_logits(leaf: Tensor) -> bool:
 
 def _leaves(output: Any) -> list[Tensor]:
     leaves = [leaf for leaf in tensors_of(output) if leaf.is_floating_point() and leaf.ndim > 1]
-    if not leaves or len({len(leaf) for leaf in leaves}) > 1:
-        raise InputError(
-            f"the model returns {type(output).__name__}, no batch of floating tensors, so its change is not "
-            'defined; pass evaluate=, a function that scores a model, or estimator="output"'
-        )
+    if not leaves or len({len(leaf) for leaf in leaves}) > 1 or _by_image(output):
+        kind = type(output).__name__
+        raise InputError(f"the model returns {kind}, no batch of floating tensors, so its change {_REMEDY}")
     return leaves
+
+
+def _by_image(output: Any) -> bool:
+    """Whether there is a list of dicts in it, as detectors return: one dict for each image."""
+    if not isinstance(output, (list, tuple, dict)):
+        return False
+    parts = list(output.values() if isinstance(output, dict) else output)
+    dicts = [isinstance(part, dict) for part in parts]
+    return (not isinstance(output, dict) and bool(parts) and all(dicts)) or any(map(_by_image, parts))

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .datafit import error_of
+from .datafit import error_of, squared
 from .divergence import divergence
 from .proposals import Proposal, shift_of
 from .recipe import LayerPlan
@@ -46,9 +46,7 @@ def by_statistics(subject: Subject, name: str, fitted: Sequence[Fitted], estimat
             if estimator == "output":
                 change = error_of(weight, weight + shift, moment)
             else:
-                rows = shift.reshape(len(moment), -1, moment.shape[1])
-                image = statistics.metric @ (rows @ moment).flatten(0, 1)
-                change = 0.5 * statistics.positions * float((image * rows.flatten(0, 1)).sum())
+                change = 0.5 * statistics.positions * squared(shift, moment, statistics.metric)
         found.append((max(change, 0.0), 0.0))
     return found
 

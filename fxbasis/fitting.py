@@ -62,12 +62,13 @@ def _unfolding(matrix: Tensor) -> Unfolding:
     return Unfolding(decompose(matrix.flatten(0, 1), groups, "svd").energies, rows, columns)
 
 
-def fit(weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
+def fit(weight: Tensor, plan: LayerPlan, moment: Tensor | None = None) -> dict[str, Tensor]:
     """The weights of the steps by name, ``"basis.weight"`` and so on, in float64, from one decomposition.
 
     Args:
         weight: (out_channels, in_channels / groups, K_h, K_w), real and finite.
         plan: form, method and ranks.
+        moment: (g, q, q), of the patches; of the reduced form the code then is for their outputs.
     """
     groups = plan.steps[-1].groups
     blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
@@ -75,7 +76,7 @@ def fit(weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
     if plan.form in _TENSOR_FORMS:
         return named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
     if plan.form == "reduced":
-        return _reduced(blocks.flatten(2), plan, ranks)
+        return _reduced(blocks.flatten(2), plan, ranks, moment)
     return _matrix_fit(blocks, plan, ranks[0])
 
 
@@ -134,10 +135,11 @@ def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]
     return {"basis.weight": found.basis, "composition.weight": found.composition}
 
 
-def _reduced(rows: Tensor, plan: LayerPlan, ranks: Ranks) -> dict[str, Tensor]:
+def _reduced(rows: Tensor, plan: LayerPlan, ranks: Ranks, moment: Tensor | None) -> dict[str, Tensor]:
     """Atoms and code of the filters (g, C/g, q); copies stand first, then sums, both in their order."""
     groups, filters, _ = rows.shape
-    codes = encode_groups(rows @ rows.mT, ranks[0], ranks[1] / filters, plan.method)
+    images = rows if moment is None else rows @ moment
+    codes = encode_groups(images @ rows.mT, ranks[0], ranks[1] / filters, plan.method)
     shift = ranks[0] * torch.arange(groups)[:, None]
     first = (torch.stack([code.first for code in codes]) + shift).flatten()
     second = torch.stack([code.second for code in codes])

@@ -9,19 +9,33 @@ __all__ = ["RIDGE", "Sums", "ridge_solve"]
 
 RIDGE = 1e-6
 """Over the diagonal of the normal equations, scaled to ones."""
+CONSTANT = 1e-12
+"""The part of its mean square that the variance of a feature must have."""
 
 
-def ridge_solve(gram: Tensor, cross: Tensor) -> Tensor:
+def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, whole: Tensor | None = None) -> Tensor:
     """X (g, o, n) of X gram = cross, in float64, each unknown scaled to the same size before the ridge.
 
-    >>> ridge_solve(2 * torch.eye(2)[None].double(), torch.ones(1, 1, 2).double()).shape
+    The ridge draws towards ``start``: what the sums do not tell stays as it was, and the squared error, up
+    to rounding, never grows.
+
+    Args:
+        gram: (g, n, n), of the features. cross: (g, o, n). start: (g, o, n).
+        whole: (g, n), squares of the features before their mean was taken off; a feature that has next to
+            nothing left of them is a constant and keeps its weight.
+
+    >>> ridge_solve(2 * torch.eye(2)[None].double(), torch.ones(1, 1, 2).double(), torch.zeros(1, 1, 2)).shape
     torch.Size([1, 1, 2])
     """
-    scale = gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+    squares = gram.diagonal(dim1=1, dim2=2)
+    least = CONSTANT * (squares if whole is None else whole)
+    scale = squares.maximum(least).clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
+    scale = torch.where(squares > least, scale, 0.0)
     normal = gram * scale[:, :, None] * scale[:, None]
     normal = normal + RIDGE * torch.eye(gram.shape[1], dtype=gram.dtype)
-    solved: Tensor = torch.linalg.solve(normal, (cross * scale[:, None]).mT).mT * scale[:, None]
-    return solved
+    missing = (cross - start @ gram) * scale[:, None]
+    solved: Tensor = torch.linalg.solve(normal, missing.mT).mT * scale[:, None]
+    return start + solved
 
 
 class Sums:
@@ -43,12 +57,12 @@ class Sums:
         self.gram += x.mT @ x
         self.cross += y.mT @ x
 
-    def solve(self, *, with_mean: bool) -> tuple[Tensor, Tensor]:
+    def solve(self, start: Tensor, *, with_mean: bool) -> tuple[Tensor, Tensor]:
         """The weight (g, o, n) and the constant (g, o) of y ~ weight x + constant; 0 unless ``with_mean``."""
         if not with_mean:
-            return ridge_solve(self.gram, self.cross), torch.zeros_like(self.y)
+            return ridge_solve(self.gram, self.cross, start), torch.zeros_like(self.y)
         x, y = self.x / self.count, self.y / self.count
         gram = self.gram - self.count * x[:, :, None] * x[:, None]
         cross = self.cross - self.count * y[:, :, None] * x[:, None]
-        weight = ridge_solve(gram, cross)
+        weight = ridge_solve(gram, cross, start, self.gram.diagonal(dim1=1, dim2=2))
         return weight, y - (weight @ x[:, :, None])[..., 0]

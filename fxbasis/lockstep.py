@@ -37,10 +37,10 @@ class _Runner:
 
     def _work(self, model: nn.Module, inputs: ExampleInputs) -> None:
         self._go.acquire()
-        args, kwargs = as_arguments(map_tensors(torch.clone, inputs))  # the model may change them
         try:
             with torch.no_grad():
                 if not self.stopped:
+                    args, kwargs = as_arguments(map_tensors(torch.clone, inputs))  # the model may change them
                     model(*args, **kwargs)
         except _Stopped:
             pass
@@ -51,10 +51,11 @@ class _Runner:
 
     def halt(self, place: str, input: Tensor) -> None:
         """Called in the thread: wait until the others have come."""
-        self.place, self.input = place, input
-        self._halted.release()
-        self._go.acquire()
-        self.input = None
+        if not self.stopped:  # as it is where the model has caught the last _Stopped
+            self.place, self.input = place, input
+            self._halted.release()
+            self._go.acquire()
+            self.input = None
         if self.stopped:
             raise _Stopped
 
@@ -91,7 +92,8 @@ def lockstep(
 
     def hook(name: str) -> Any:
         def halt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mine[threading.get_ident()].halt(name, args[0] if args else kwargs["input"])
+            if threading.get_ident() in mine:  # and not called by the visitor
+                mine[threading.get_ident()].halt(name, args[0] if args else kwargs["input"])
 
         return halt
 
@@ -100,7 +102,8 @@ def lockstep(
     ]
     try:
         with seeded(), in_mode(model, False):
-            runners += [_Runner(model, inputs) for inputs in batches]
+            for inputs in batches:
+                runners.append(_Runner(model, inputs))
             mine |= {runner.thread.ident or 0: runner for runner in runners}
             _advance(runners, visit)
     finally:
@@ -127,4 +130,4 @@ def _stop(runners: Sequence[_Runner]) -> None:
         if not runner.done:
             runner.stopped = True
             runner._go.release()
-            runner.thread.join()
+        runner.thread.join()

@@ -11,7 +11,9 @@ each unknown. Source: the asymmetric reconstruction of Zhang, Zou, He, Sun 2016,
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ from .lockstep import lockstep
 from .running import ExampleInputs, run
 from .windows import output_size, sampled_patches, sampled_values
 
-__all__ = ["Targets", "batchnorms_behind", "refit_in_sequence_", "refittable", "targets_of"]
+__all__ = ["Targets", "add_constant", "batchnorms_behind", "refit_in_sequence_", "refittable", "targets_of"]
 
 VALUES = 1 << 23
 PER_UNKNOWN = 20
-Targets = dict[str, list[Tensor]]
+Targets = dict[str, dict[int, Tensor]]
 
 
 def refittable(form: BasisConv2d) -> bool:
@@ -42,7 +44,7 @@ def targets_of(
     model: nn.Module,
     batches: Sequence[ExampleInputs],
 ) -> Targets:
-    """The sampled outputs of the original's layers, (n, C) for each batch; of the first call of a run.
+    """The sampled outputs of the original's layers, (n, C) by batch; of the first call of a run.
 
     Args:
         layers: the original's, by the names of ``forms``.
@@ -50,30 +52,38 @@ def targets_of(
         model: a copy of the original, to run.
         batches: inputs.
     """
-    found: Targets = {name: [] for name in forms}
+    found: Targets = {name: {} for name in forms}
 
     def keeper(name: str, batch: int) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if len(found[name]) == batch:
+            if batch not in found[name]:
                 output = output if output.ndim == 4 else output[None]
                 size = (int(output.shape[2]), int(output.shape[3]))
                 at = _positions(name, batch, len(output), size, _wanted(forms[name], len(output), batches))
-                found[name].append(sampled_values(output, at.to(output.device)))
+                found[name][batch] = sampled_values(output, at.to(output.device))
 
         return keep
 
     for batch, inputs in enumerate(batches):
         handles = [layers[name].register_forward_hook(keeper(name, batch), prepend=True) for name in forms]
-        run(model, inputs)
-        for handle in handles:
-            handle.remove()
+        try:
+            run(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
     return found
 
 
 def _wanted(form: BasisConv2d, images: int, batches: Sequence[ExampleInputs]) -> int:
     """Positions of an image, if all batches are about as large as this one."""
-    unknowns = form.composition.weight[0].numel()
-    return -(-max(VALUES // form.out_channels, PER_UNKNOWN * unknowns) // (images * len(batches)))
+    values = max(VALUES // form.out_channels, PER_UNKNOWN * _unknowns(form))
+    return -(-values // (images * len(batches)))
+
+
+def _unknowns(form: BasisConv2d) -> int:
+    """How many features an output of the composition is made of."""
+    step = form.plan.steps[-1]
+    return step.in_channels // step.groups * prod(step.kernel_size)
 
 
 def _positions(name: str, batch: int, images: int, size: tuple[int, int], wanted: int) -> Tensor:
@@ -102,7 +112,7 @@ def refit_in_sequence_(
     norms, done = batchnorms_behind(model, last), set()
 
     def visit(name: str, inputs: dict[int, Tensor]) -> None:
-        if name not in done and all(len(targets[name]) > batch for batch in inputs):
+        if name not in done and all(batch in targets[name] for batch in inputs):
             done.add(name)
             _refit(name, forms[name], inputs, targets[name], norms.get(name), batches)
 
@@ -113,33 +123,51 @@ def _refit(
     name: str,
     form: BasisConv2d,
     inputs: Mapping[int, Tensor],
-    targets: Sequence[Tensor],
+    targets: Mapping[int, Tensor],
     norm: nn.BatchNorm2d | None,
     batches: Sequence[ExampleInputs],
 ) -> None:
-    last, groups = form.composition, form.plan.steps[-1].groups
-    made = _made(form)
-    view = last if isinstance(last, nn.Conv2d) else nn.Conv2d(1, 1, 1, groups=1)  # a 1x1 patch is a pixel
-    sums = Sums(groups, last.weight[0].numel(), len(made) // groups)
-    copied, count = torch.zeros(form.out_channels, dtype=torch.float64), 0
+    groups, made = form.plan.steps[-1].groups, _made(form)
+    sums = Sums(groups, _unknowns(form), len(made) // groups)
+    copied = torch.zeros(form.out_channels, dtype=torch.float64)
     for batch, input in inputs.items():
-        input = input if input.ndim == 4 else input[None]
-        size = output_size(view, input)
-        at = _positions(name, batch, len(input), size, _wanted(form, len(input), batches)).to(input.device)
-        patches = sampled_patches(view, input, at, groups)
-        target = targets[batch]
-        sums.add(patches, target[:, made].reshape(at.numel(), groups, -1).transpose(0, 1))
+        patches, target = _patches(name, form, batch, input, batches), targets[batch]
+        sums.add(patches, target[:, made].reshape(len(target), *sums.y.shape).transpose(0, 1))
         copied += _copied(form, target, patches)
-        count += at.numel()
-    weight, constant = sums.solve(with_mean=form.bias is not None or norm is not None)
-    constants = copied / max(1, count)
+    start = form.composition.weight.detach().to("cpu", torch.float64).reshape(sums.cross.shape)
+    weight, constant = sums.solve(start, with_mean=form.bias is not None or norm is not None)
+    constants = copied / sums.count
     constants[made] = constant.flatten()
-    with torch.no_grad():
-        last.weight.copy_(weight.reshape(last.weight.shape))
-        if form.bias is not None:
-            form.bias.copy_(constants)
-        elif norm is not None and norm.running_mean is not None:
-            norm.running_mean.sub_(constants.to(norm.running_mean))
+    _put(form, norm, weight, constants)
+
+
+def _patches(
+    name: str, form: BasisConv2d, batch: int, input: Tensor, batches: Sequence[ExampleInputs]
+) -> Tensor:
+    """What the composition sees at the positions of the targets, (g, N, n)."""
+    last = form.composition
+    pixels = nn.Conv2d(1, 1, 1, device="meta")  # of the gauge composition a patch is a pixel
+    view, input = last if isinstance(last, nn.Conv2d) else pixels, input if input.ndim == 4 else input[None]
+    wanted = _wanted(form, len(input), batches)
+    at = _positions(name, batch, len(input), output_size(view, input), wanted)
+    return sampled_patches(view, input, at.to(input.device), form.plan.steps[-1].groups)
+
+
+@torch.no_grad()
+def _put(form: BasisConv2d, norm: nn.BatchNorm2d | None, weight: Tensor, constants: Tensor) -> None:
+    form.composition.weight.copy_(weight.reshape(form.composition.weight.shape))
+    if form.bias is not None:
+        form.bias.zero_()
+    add_constant(form, norm, constants)
+
+
+@torch.no_grad()
+def add_constant(form: BasisConv2d, norm: nn.BatchNorm2d | None, constant: Tensor) -> None:
+    """To the outputs of a form: in its bias, or in the running mean of the BatchNorm behind it."""
+    if form.bias is not None:
+        form.bias.add_(constant.to(form.bias))
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean.sub_(constant.to(norm.running_mean))
 
 
 def _made(form: BasisConv2d) -> Tensor:
@@ -166,19 +194,29 @@ def batchnorms_behind(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict
 
     Its statistics must be its own: one that is called elsewhere too is left alone.
     """
-    found: dict[str, nn.BatchNorm2d] = {}
     names = {id(layer): name for name, layer in layers.items()}
+    calls, read = _calls(model)
+    found: dict[str, nn.BatchNorm2d] = {}
+    for module, node, modules in calls:
+        readers = list(node.users)
+        if id(module) not in names or len(readers) != 1 or readers[0].op != "call_module":
+            continue
+        norm = modules[str(readers[0].target)]
+        alone = read[id(norm)] == 1 and read[id(module)] == 1
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and alone:
+            found[names[id(module)]] = norm
+    return found
+
+
+def _calls(model: nn.Module) -> tuple[list[tuple[nn.Module, fx.Node, dict[str, nn.Module]]], Counter[int]]:
+    """Each call of a module in a graph; and how often each is called, or a tensor of it is read, in all."""
+    calls, read = [], Counter[int]()
     for graph in (part for part in model.modules() if isinstance(part, fx.GraphModule)):
         modules = dict(graph.named_modules(remove_duplicate=False))
-        calls = [node for node in graph.graph.nodes if node.op == "call_module"]
-        called = [id(modules[str(node.target)]) for node in calls]
-        for node in calls:
-            name = names.get(id(modules[str(node.target)]))
-            readers = list(node.users)
-            if name is None or len(readers) != 1 or readers[0].op != "call_module":
-                continue
-            norm = modules[str(readers[0].target)]
-            alone = called.count(id(norm)) == 1 and called.count(id(modules[str(node.target)])) == 1
-            if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and alone:
-                found[name] = norm
-    return found
+        for node in graph.graph.nodes:
+            if node.op == "call_module":
+                calls.append((modules[str(node.target)], node, modules))
+                read[id(calls[-1][0])] += 1
+            elif node.op == "get_attr":
+                read[id(modules.get(str(node.target).rpartition(".")[0]))] += 1
+    return calls, read

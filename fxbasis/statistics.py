@@ -94,7 +94,7 @@ def _gradients(
         scalar = probe(output, generator) if needed else None
     flat = [(name, *call) for name, found in calls.items() for call in found]
     gradients: Sequence[Tensor | None] = [None] * len(flat)
-    if scalar is not None and flat:
+    if scalar is not None and scalar.requires_grad and flat:
         gradients = torch.autograd.grad(scalar, [zero for _, _, zero in flat], allow_unused=True)
     for (name, input, zero), gradient in zip(flat, gradients, strict=True):
         yield name, input, torch.zeros_like(zero) if gradient is None else gradient
@@ -152,8 +152,7 @@ def _add(
 
 def _squared(patches: Tensor) -> Tensor:
     """(g, N, q) to the sum of x x^T (g, q, q)."""
-    if patches.shape[2] <= WIDE:
-        patches = patches.double()
+    patches = patches.double() if patches.shape[2] <= WIDE else patches.float()
     parts = torch.split(patches, 4096, 1)
     return torch.stack([(part.mT @ part).double() for part in parts]).sum(0)
 
@@ -186,13 +185,12 @@ def inner_products(
         By name, (images, n) float64.
     """
     flat = {name: shift.flatten(1).float() for name, shift in shifts.items()}
+    chosen = {name: layers[name] for name in shifts}
     found: dict[str, list[Tensor]] = {name: [] for name in shifts}
     for seed, inputs in enumerate(batches):
-        sums: dict[str, Tensor] = {}
-        chosen = {name: layers[name] for name in shifts}
+        sums = {name: torch.zeros(batch_size(inputs), len(shift)) for name, shift in flat.items()}
         for name, input, gradient in _gradients(model, chosen, inputs, seed):
-            found_here = _against(layers[name], input, gradient, flat[name], means[name])
-            sums[name] = sums.get(name, 0.0) + found_here
+            sums[name] = sums[name] + _against(layers[name], input, gradient, flat[name], means[name])
         for name, values in sums.items():
             found[name].append(values.double())
     return {name: torch.cat(parts) for name, parts in found.items()}

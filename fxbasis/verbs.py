@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import UsageError
 from .options import (
-    BUDGETS,
+    LIMITS,
     MODEL_HELP,
     Result,
     add_compress,
@@ -72,9 +72,9 @@ def _compress(options: argparse.Namespace) -> Result:
         flags = ", ".join(map(_flag, given))
         raise UsageError(f"--plan decides instead of {flags}; give one of them")
     rules = [_flag(name) for name in RANK_RULES if name in given]
-    budget = any(name in given for name in BUDGETS)
+    budget = any(name in given for name in LIMITS)
     if len(rules) + budget > 1:
-        both = [*rules, *(_flag(name) for name in BUDGETS if name in given)]
+        both = [*rules, *(_flag(name) for name in LIMITS if name in given)]
         raise UsageError(f"{' and '.join(both[:2])} both say the rank; give one of them")
     if "size" in given:
         given["size"] = number(given["size"])

@@ -16,8 +16,11 @@ def padded(conv: nn.Conv2d, input: Tensor) -> Tensor:
     """The input (B, c, H, W) with the convolution's padding around it."""
     if input.ndim == 3:
         input = input[None]
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    zeros = conv.padding_mode == "zeros"
     around = tuple(conv._reversed_padding_repeated_twice)
+    if zeros and not isinstance(conv.padding, str):  # which may have been set after construction
+        around = (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0])
+    mode = "constant" if zeros else conv.padding_mode
     return nn.functional.pad(input, around, mode) if any(around) else input
 
 
