@@ -186,13 +186,13 @@ def _descend(
         found, gain = _sweep(views, ahead, kept, step, ridge)
         reached = (total - gain).clamp(min=0.0).sqrt().to(tensor.dtype)
         idle = 0 if bool((reached < error * (1 - options.tolerance)).any()) else idle + 1
-        risen = reached > error
+        risen = ~(reached <= error)  # or is not a number
         beyond = [new + step * (new - old) for new, old in zip(found, kept, strict=True)]
         kept = [torch.where(risen, old, new) for new, old in zip(found, kept, strict=True)]
         ahead = [torch.where(risen, old, new) for new, old in zip(beyond, kept, strict=True)]
         limit = torch.where(risen, beta, (limit * 1.01).clamp(max=1.0))
         beta = torch.where(risen, beta / 1.5, torch.minimum(beta * 1.05, limit))
-        error, used = torch.minimum(error, reached), used + 1
+        error, used = torch.where(risen, error, reached), used + 1
     return [factor.double() for factor in kept], error.double(), used
 
 
@@ -246,11 +246,16 @@ def _gram(tables: list[Tensor]) -> Tensor:
 
 
 def _solved(gram: Tensor, target: Tensor, ridge: Tensor) -> Tensor:
-    """X (g, n, R) of X (G + ridge) = target; the ridge grows where rounding makes G indefinite."""
+    """X (g, n, R) of X (G + ridge) = target; the ridge grows where rounding makes G indefinite.
+
+    A block whose G has overflowed gets some answer, and ``_descend`` drops the sweep for its error.
+    """
+    finite = gram.isfinite().all(2, keepdim=True).all(1, keepdim=True)
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype)
+    gram = torch.where(finite, gram, identity)
     mean = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     size = torch.finfo(gram.dtype)
     shift = mean * (ridge + 4 * size.eps) + size.tiny
-    identity = torch.eye(gram.shape[1], dtype=gram.dtype)
     lower, info = torch.linalg.cholesky_ex(gram + shift * identity)
     while bool(info.any()):
         shift = shift * 10

@@ -257,6 +257,12 @@ def test_cp_keeps_the_sums_of_the_filters(factors: int) -> None:
     assert float(error.norm()) < 0.75 * float(weight.norm())
 
 
+def test_a_start_that_overflows_is_dropped() -> None:
+    weight = torch.randn(2, 1, 7, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    one, many = (gap(weight, from_cp(cp(weight, 3, 4, starts=starts))) for starts in (1, 16))
+    assert many <= one * 1.05
+
+
 def test_a_bounded_effort() -> None:
     assert [default_starts(1, (size, size, 3, 3), size * 2) for size in (16, 32, 64, 512)] == [16, 16, 2, 1]
     assert default_starts(32, (4, 4, 3, 3), 8) == default_starts(1, (4, 4, 3, 3), 8) == 16
