@@ -24,7 +24,8 @@ def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, whole: Tensor | None
         whole: (g, n), squares of the features before their mean was taken off; a feature that has next to
             nothing left of them is a constant and keeps its weight.
 
-    >>> ridge_solve(2 * torch.eye(2)[None].double(), torch.ones(1, 1, 2).double(), torch.zeros(1, 1, 2)).shape
+    >>> gram, cross = 2 * torch.eye(2)[None].double(), torch.ones(1, 1, 2).double()
+    >>> ridge_solve(gram, cross, torch.zeros_like(cross)).shape
     torch.Size([1, 1, 2])
     """
     squares = gram.diagonal(dim1=1, dim2=2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +13,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxbasis import refitting
+from fxbasis.costs import ConvShape
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.numbering import conv_layers
 from fxbasis.passes.rewriting import rewrite
-from fxbasis.recipe import LayerPlan, Plan
 from fxbasis.refitting import batchnorms_behind, refit_in_sequence_, refittable, targets_of
 from fxbasis.running import copy_model
 from fxbasis.structures import FORMS
-from fxbasis.subjects import subject_of
+from fxbasis.subjects import plan_with, subject_of
 
 EXACT = 1e-4
 """Of the outputs' largest magnitude: what the ridge of 1e-6 and features that are all but parallel leave."""
@@ -44,9 +45,9 @@ def chain(*, bias: bool = False, **options: Any) -> nn.Module:
     return settle(nn.Sequential(first, nn.BatchNorm2d(6), nn.ReLU(), second))
 
 
-def batches(channels: int = 4) -> list[Tensor]:
+def batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, channels, 8, 9, generator=generator, dtype=torch.float64) + 0.5 for n in (8, 6, 1)]
+    return [torch.randn(n, 4, 8, 9, generator=generator, dtype=torch.float64) + 0.5 for n in (8, 6, 1)]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,33 +62,21 @@ CASES += [(form, kind) for form in ("gauge", "input", "spatial") for kind in OPT
 grid = pytest.mark.parametrize(("form", "kind"), CASES)
 
 
-def rank_of(form: str, part: float) -> Callable[[Any], tuple[int, ...]]:
-    def ranks(shape: Any) -> tuple[int, ...]:
-        largest = FORMS[form].largest_ranks(shape)
-        return tuple(shape.groups * max(1, round(part * rank / shape.groups)) for rank in largest)
-
-    return ranks
+def ranks_of(form: str, shape: ConvShape, part: float) -> tuple[int, ...]:
+    largest = FORMS[form].largest_ranks(shape)
+    return tuple(shape.groups * max(1, round(part * rank / shape.groups)) for rank in largest)
 
 
 def small_of(net: nn.Module, form: str, part: float, data: Sequence[Tensor]) -> tuple[Any, nn.Module]:
     """The subject, and a copy with every convolution in the form, fitted to the weights."""
     subject = subject_of(net, data[0], list(data))
-    layers = [
-        LayerPlan(
-            number=record.index,
-            name=record.name,
-            in_channels=record.in_channels,
-            out_channels=record.out_channels,
-            kernel_size=record.kernel_size,
-            groups=record.groups,
-            form=form,
-            method=FORMS[form].methods[0],
-            ranks=rank_of(form, part)(record.shape),
-        )
-        for record in subject.table
-    ]
+    dense, method = plan_with(subject.table, {}), FORMS[form].methods[0]
+    chosen = {
+        record.index: replace(layer, form=form, method=method, ranks=ranks_of(form, record.shape, part))
+        for record, layer in zip(subject.table, dense, strict=True)
+    }
     small = copy_model(subject.model)
-    rewrite(small, Plan(tuple(layers)))
+    rewrite(small, plan_with(subject.table, chosen))
     return subject, small
 
 
@@ -98,15 +87,14 @@ def forms_of(small: nn.Module) -> dict[str, BasisConv2d]:
 
 def refit(subject: Any, small: nn.Module, data: Sequence[Tensor]) -> dict[str, BasisConv2d]:
     forms = forms_of(small)
-    targets = targets_of(subject.layers, forms, subject.model, data)
-    refit_in_sequence_(small, forms, targets, data)
+    refit_in_sequence_(small, forms, targets_of(subject.layers, forms, subject.model, data), data)
     return forms
 
 
+@torch.no_grad()
 def apart(one: nn.Module, other: nn.Module, data: Sequence[Tensor]) -> float:
     """Largest difference of the outputs over their largest magnitude."""
-    pairs = [(one(x).detach(), other(x).detach()) for x in data]
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    return max(float((one(x) - other(x)).abs().max() / one(x).abs().max()) for x in data)
 
 
 def first_layers(subject: Any, small: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
