@@ -78,14 +78,20 @@ def panels(
 
 
 def rescale(axis: Any, which: str, values: Iterable[float]) -> None:
-    """Make the axis ``which`` logarithmic, with a linear stretch around zero where values reach into it."""
+    """Make the axis ``which`` logarithmic, with a linear stretch down to zero where values reach into it.
+
+    Where some are negative it stays linear. To be called when everything is drawn, as limits stay then.
+    """
     finite = np.array([value for value in values if np.isfinite(value)])
-    depth = DEPTH * np.abs(finite).max(initial=0.0)
-    change = axis.set_yscale if which == "y" else axis.set_xscale
-    if depth > 0 and finite.min() > depth:
-        change("log")
-    elif depth > 0:
-        change("symlog", linthresh=depth, linscale=0.3)
+    above = finite[finite > DEPTH * finite.max(initial=0.0)]
+    if finite.min(initial=0.0) < 0 or not len(above):
+        return
+    if len(above) == len(finite):
+        axis.set(**{f"{which}scale": "log"})
+    else:
+        depth = 10 ** np.floor(np.log10(above.min()))
+        (axis.set_yscale if which == "y" else axis.set_xscale)("symlog", linthresh=depth)
+        axis.set(**{f"{which}lim": (0, None)})
 
 
 def name_layers(axis: Any, names: Mapping[int, str]) -> None:

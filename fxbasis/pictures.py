@@ -2,8 +2,8 @@
 
 They need matplotlib (``pip install "fxbasis[plot]"``), of which ``Figure`` alone is used: no window is opened
 and nothing global stays changed. Colours are those of Okabe and Ito, which colour-blind readers can tell
-apart, and of viridis for what is ordered. Changes are on logarithmic scales; what is at most a millionth of
-the largest lies, with zero, in a linear stretch below.
+apart, and of viridis for what is ordered. Changes are on logarithmic scales, with a linear stretch below for
+what is zero or at most a millionth of the largest; on linear ones where some are negative.
 
 Source: figures 9 (one layer at a time) and 10 (cost against change) of arXiv 2408.06024.
 """
@@ -73,10 +73,10 @@ def draw_sensitivities(table: Sensitivities, path: str | Path) -> Paths:
     told = f"{_source(table)}; MACs over those of the dense layer"
     size = width_for(len(layers))
     figure, axes = panels(len(forms), "One layer compressed alone", told, width=size, sharey=True)
-    rescale(axes[0], "y", [row.change for row in table])
     for axis, form in zip(axes, forms, strict=True):
         _lines(axis, [row for row in table if row.layer.form == form], range(min(layers), max(layers) + 1))
         axis.set_ylabel(f"{form}: change ({table.unit})")
+    rescale(axes[0], "y", [row.change for row in table])
     name_layers(axes[-1], layers)
     return finished(figure, path)
 
@@ -257,15 +257,15 @@ def draw_forecast(
     rank = float(spearmanr(*values.T).statistic)
     told = f"{told}; " * bool(told) + f"{len(values)} pairs, Spearman's rank correlation {rank:.3f}"
     figure, (axis,) = panels(1, "Predicted and measured change", told, width=6, height=5)
-    rescale(axis, "x", values.ravel())
-    rescale(axis, "y", values.ravel())
-    ends = [values.min(), values.max()]
-    if axis.get_xscale() == "log":
-        ends = [10 ** np.floor(np.log10(ends[0])), 10 ** np.ceil(np.log10(ends[1]))]
-        axis.set(xlim=ends, ylim=ends)
-    axis.plot(ends, ends, color=GREY, linewidth=1, label="measured as predicted")
+    low, high = values.min(), values.max()
+    if low > 0:
+        low, high = 10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high))
+    axis.plot([low, high], [low, high], color=GREY, linewidth=1, label="measured as predicted")
     look = {"facecolor": "none", "edgecolor": BLUE, "s": 18, "linewidth": 0.8, "zorder": 3}
     axis.scatter(*values.T, label="pairs", gid="pairs", **look)
+    axis.margins(0 if low > 0 else 0.05)
+    rescale(axis, "x", values.ravel())
+    rescale(axis, "y", values.ravel())
     axis.set_xlabel(f"predicted change ({unit})")
     axis.set_ylabel(f"measured change ({unit})")
     return finished(figure, path)
