@@ -20,7 +20,7 @@ from .proposals import Proposal, shift_of
 from .recipe import LayerPlan
 from .running import ExampleInputs, copy_model, run, seeded
 from .statistics import inner_products
-from .subjects import IMAGES, Subject, built, first_images, plan_with
+from .subjects import IMAGES, Subject, built, first_images, plan_with, take_off_
 from .sweeping import sweep
 
 __all__ = ["Estimate", "by_fisher", "by_running", "by_statistics"]
@@ -82,8 +82,12 @@ def _errors(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Point:
+    """A layer, the weights of its steps, and the mean that they add to its outputs."""
+
     layer: LayerPlan
     weights: dict[str, Tensor]
+    constant: Tensor | None
+    norm: str | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,19 @@ class _OneLayer:
         return {"change": float(changes.mean()), "error": float(_errors(changes))}
 
     def _built(self, point: _Point) -> nn.Module:
-        plan = plan_with(self.table, {point.layer.number: point.layer})
-        return built(self.model, plan, {point.layer.name: point.weights})
+        name = point.layer.name
+        small = built(
+            self.model, plan_with(self.table, {point.layer.number: point.layer}), {name: point.weights}
+        )
+        if point.constant is not None:
+            take_off_(small, name, point.norm, point.constant)
+        return small
+
+
+def _point(subject: Subject, proposal: Proposal, weights: dict[str, Tensor]) -> _Point:
+    name = proposal.layer.name
+    constant = subject.constant(name, shift_of(proposal, subject.weight(name), weights))
+    return _Point(proposal.layer, weights, constant, subject.norms.get(name))
 
 
 def by_running(
@@ -125,7 +140,7 @@ def by_running(
     compute = _OneLayer(subject.model, list(subject.table), batches, expected, evaluate)
     points: dict[str, _Point | None] = {_WHOLE: None} if evaluate else {}
     points |= {
-        _key(one.layer): _Point(one.layer, weights) for found in fitted.values() for one, weights in found
+        _key(one.layer): _point(subject, one, weights) for found in fitted.values() for one, weights in found
     }
     context = subject.digest("measured" if evaluate is None else _identity(evaluate))
     results = sweep(points, compute, path=path, context=context, executor=executor, minutes=minutes)

@@ -27,7 +27,7 @@ from .refitting import batchnorms_behind
 from .running import ExampleInputs, batch_size, copy_model, run, tensors_of
 from .statistics import LayerStatistics, collect
 
-__all__ = ["Subject", "built", "first_images", "plan_with", "put_weights", "subject_of"]
+__all__ = ["Subject", "built", "first_images", "plan_with", "put_weights", "subject_of", "take_off_"]
 
 IMAGES = 512
 """Of the calibration images, those that statistics and estimates are taken over."""
@@ -87,10 +87,22 @@ class Subject:
         return found
 
     @cached_property
+    def norms(self) -> dict[str, str]:
+        """The names of the BatchNorms that alone read a layer, by the layer's."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return {name: names[id(norm)] for name, norm in batchnorms_behind(self.model, self.layers).items()}
+
+    @cached_property
     def with_mean(self) -> set[str]:
         """The layers whose mean output can be set freely: they have a bias, or feed a BatchNorm alone."""
-        norms = batchnorms_behind(self.model, self.layers)
-        return {name for name, layer in self.layers.items() if layer.bias is not None or name in norms}
+        return {name for name, layer in self.layers.items() if layer.bias is not None or name in self.norms}
+
+    def constant(self, name: str, shift: Tensor) -> Tensor | None:
+        """(C,), what a shift of its weight adds to a layer's mean output; None where that stays."""
+        if name not in self.with_mean or name not in self.statistics:
+            return None
+        mean = self.statistics[name].mean
+        return (shift.reshape(len(mean), -1, mean.shape[1]) @ mean[:, :, None]).flatten()
 
     def digest(self, *settings: Any) -> str:
         """A hash of the code, parameters, buffers and batches, and of the settings."""
@@ -161,6 +173,17 @@ def built(model: nn.Module, plan: Plan, weights: Mapping[str, Mapping[str, Tenso
             original = kernel_of(cast(nn.Conv2d, conv_layers(model)[name])).conv
             put_weights(form, weights[name], original.bias)
     return copied
+
+
+def take_off_(model: nn.Module, name: str, norm: str | None, constant: Tensor) -> None:
+    """Take a constant (C,) off the outputs of a layer: by its bias, or the mean of the BatchNorm behind."""
+    form = conv_layers(model)[name]
+    with torch.no_grad():
+        if form.bias is not None:
+            form.bias.sub_(constant.to(form.bias))
+        elif norm is not None:
+            mean = cast(Tensor, model.get_submodule(norm).running_mean)
+            mean.add_(constant.to(mean))
 
 
 def put_weights(form: BasisConv2d, weights: Mapping[str, Tensor], bias: Tensor | None = None) -> None:

@@ -89,6 +89,8 @@ def test_fisher_ranks_as_measured() -> None:
     ]
     predicted, measured = ([row.change for row in table] for table in both)
     assert spearmanr(predicted, measured).statistic >= 0.9
+    ratios = sorted(b / a for a, b in zip(predicted, measured, strict=True) if b < 0.1)
+    assert 0.5 < ratios[len(ratios) // 2] < 2  # both with the mean outputs that compress gives
 
 
 def test_costs_are_those_of_the_built_model() -> None:
