@@ -64,7 +64,7 @@ def cp(
     sweeps: int | None = None,
     starts: int | None = None,
     tolerance: float = 1e-5,
-    ridge: float = 0.003,
+    ridge: float = 0.01,
     seed: int = 0,
     first: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
