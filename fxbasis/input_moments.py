@@ -58,12 +58,18 @@ def unweighed(blocks: Tensor) -> Tensor:
     return found
 
 
-def last_factor(weight: Tensor, rest: Tensor) -> Tensor:
-    """The (g, O, R) that makes of filters (g, R, I, K_h, K_w) the best (g, O, I, K_h, K_w), by both terms."""
-    sums = [RECTIFIED**0.5 * blocks.flatten(2).sum(2, keepdim=True) for blocks in (rest, weight)]
+def last_factor(weight: Tensor, last: Tensor, rest: Tensor) -> Tensor:
+    """The (g, O, R) that makes of filters (g, R, I, K_h, K_w) the best (g, O, I, K_h, K_w), by both terms.
+
+    ``last`` is what it is without the second term; the normal equations are those of the difference.
+    """
+    error = weight - torch.einsum("gor,griyx->goiyx", last, rest)
     rows, target = (
-        torch.cat([weighed(blocks).flatten(2), total], 2)
-        for blocks, total in zip((rest, weight), sums, strict=True)
+        torch.cat([weighed(blocks).flatten(2), RECTIFIED**0.5 * blocks.flatten(2).sum(2, keepdim=True)], 2)
+        for blocks in (rest, error)
     )
-    found: Tensor = torch.linalg.lstsq(rows.mT, target.mT, driver="gelsd").solution.mT
+    gram = rows @ rows.mT
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-10 * diagonal.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    found: Tensor = last + torch.linalg.solve(gram, rows @ target.mT).mT
     return found

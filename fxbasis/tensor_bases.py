@@ -112,7 +112,7 @@ def tucker2(
     core = core.transpose(2, 3).reshape(len(blocks), second, first, *blocks.shape[3:])
     if iterated:
         core = unweighed(core)
-        outer = last_factor(blocks, torch.einsum("gsryx,gir->gsiyx", core, inner))
+        outer = last_factor(blocks, outer, torch.einsum("gsryx,gir->gsiyx", core, inner))
     return inner.mT[..., None, None].contiguous(), core.contiguous(), outer[..., None, None].contiguous()
 
 
@@ -175,7 +175,7 @@ def tt(
     if iterated:
         down, across = unweighed(down), unweighed(across)
         rest = torch.einsum("gtsx,gsry,gri->gtiyx", across[..., 0, :], down[..., 0], first[:, :, 0])
-        last = last_factor(blocks, rest)[..., None]
+        last = last_factor(blocks, last[..., 0], rest)[..., None]
     chain = (first.mT[..., None], down, across, last[..., None])
     return tuple(block.contiguous() for block in chain)
 
