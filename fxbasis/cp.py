@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from .cp_effort import default_starts, default_sweeps
-from .cp_starts import components, modes_of, unit_norm, weighed
-from .input_moments import RECTIFIED
+from .cp_starts import components, modes_of, unit_norm
+from .input_moments import RECTIFIED, root, weighed
 from .tensor_bases import checked
 
 __all__ = ["cp", "largest_cp"]
@@ -129,7 +129,7 @@ def _weighed(
     unit: Tensor, modes: tuple[int, ...], rank: int, options: _Options, first: Sequence[Tensor] | None
 ) -> list[Tensor]:
     """The fit of blocks (g, O, I, K_h, K_w) by the error of outputs that ``input_moments`` gives."""
-    tensor, roots = weighed(unit, modes)
+    tensor, roots = weighed(unit).reshape(-1, *modes), [root(size) for size in unit.shape[3:]]
     first = components(tensor, rank) if first is None else first
     start = [factor[:, :rank].mT.contiguous() for factor in first]
     both = torch.kron(*roots)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .bases import decompose
 from .errors import SelectionError
-from .input_moments import root
+from .input_moments import weighed
 from .tensor_bases import checked, leading
 
-__all__ = ["components", "modes_of", "principal", "unit_norm", "weighed"]
+__all__ = ["components", "modes_of", "principal", "unit_norm"]
 
 
 def modes_of(shape: Sequence[int], factors: int) -> tuple[int, ...]:
@@ -35,12 +35,6 @@ def unit_norm(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks / torch.where(scale > 0, scale, 1.0)[..., None, None], scale
 
 
-def weighed(unit: Tensor, modes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-    """The tensor (g, *modes) in the metric of ``input_moments``, and the roots of it along K_h and K_w."""
-    roots = [root(size) for size in unit.shape[3:]]
-    return torch.einsum("goihw,hx,wy->goixy", unit, *roots).reshape(-1, *modes), roots
-
-
 def principal(weight: Tensor, rank: int, factors: int = 3) -> list[Tensor]:
     """The largest components of a weight's slices, largest first, so that smaller ranks are its beginning.
 
@@ -55,7 +49,8 @@ def principal(weight: Tensor, rank: int, factors: int = 3) -> list[Tensor]:
     [(1, 10, 8), (1, 10, 4), (1, 10, 9)]
     """
     blocks = checked(weight, rank=rank)
-    return components(weighed(unit_norm(blocks)[0], modes_of(blocks.shape[1:], factors))[0], rank)
+    modes = modes_of(blocks.shape[1:], factors)
+    return components(weighed(unit_norm(blocks)[0]).reshape(-1, *modes), rank)
 
 
 def components(tensor: Tensor, rank: int) -> list[Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,8 +99,13 @@ class _OneLayer:
     batches: Sequence[ExampleInputs]
     expected: Sequence[Any]
     evaluate: Score | None
+    threads: int
 
     def __call__(self, point: _Point | None) -> dict[str, float]:
+        with _threads(self.threads):
+            return self._measured(point)
+
+    def _measured(self, point: _Point | None) -> dict[str, float]:
         small = copy_model(self.model) if point is None else self._built(point)
         if self.evaluate is not None:
             with seeded():
@@ -117,6 +122,17 @@ class _OneLayer:
         if point.constant is not None:
             take_off_(small, name, point.norm, point.constant)
         return small
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """As many threads of torch here as where the sweep began: sums in another order are other numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _point(subject: Subject, proposal: Proposal, weights: dict[str, Tensor]) -> _Point:
@@ -137,7 +153,9 @@ def by_running(
     """The change measured, one model for each; None for what the time did not allow."""
     batches = [] if evaluate else first_images(subject.batches, IMAGES)
     expected = [run(subject.model, batch) for batch in batches]
-    compute = _OneLayer(subject.model, list(subject.table), batches, expected, evaluate)
+    compute = _OneLayer(
+        subject.model, list(subject.table), batches, expected, evaluate, torch.get_num_threads()
+    )
     points: dict[str, _Point | None] = {_WHOLE: None} if evaluate else {}
     points |= {
         _key(one.layer): _point(subject, one, weights) for found in fitted.values() for one, weights in found

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["CORRELATION", "RECTIFIED", "root"]
+__all__ = ["CORRELATION", "RECTIFIED", "last_factor", "root", "unweighed", "weighed"]
 
 CORRELATION = 0.3
 RECTIFIED = 1 / (math.pi - 1)
@@ -39,3 +39,37 @@ def root(size: int) -> Tensor:
     values, vectors = torch.linalg.eigh(CORRELATION ** (place[:, None] - place).abs())
     made: Tensor = vectors * values.sqrt() @ vectors.mT
     return made
+
+
+def weighed(blocks: Tensor) -> Tensor:
+    """Blocks (..., K_h, K_w) with the root along both axes: the norm of an error then has its first term."""
+    return root(blocks.shape[-2]) @ blocks @ root(blocks.shape[-1])
+
+
+def unweighed(blocks: Tensor) -> Tensor:
+    """What ``weighed`` was made from.
+
+    >>> weight = torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    >>> torch.allclose(unweighed(weighed(weight)), weight)
+    True
+    """
+    left = torch.linalg.solve(root(blocks.shape[-2]), blocks)
+    found: Tensor = torch.linalg.solve(root(blocks.shape[-1]), left.mT).mT
+    return found
+
+
+def last_factor(weight: Tensor, last: Tensor, rest: Tensor) -> Tensor:
+    """The (g, O, R) that makes of filters (g, R, I, K_h, K_w) the best (g, O, I, K_h, K_w), by both terms.
+
+    ``last`` is what it is without the second term; the normal equations are those of the difference.
+    """
+    error = weight - torch.einsum("gor,griyx->goiyx", last, rest)
+    rows, target = (
+        torch.cat([weighed(blocks).flatten(2), RECTIFIED**0.5 * blocks.flatten(2).sum(2, keepdim=True)], 2)
+        for blocks in (rest, error)
+    )
+    gram = rows @ rows.mT
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-10 * diagonal.mean(1, keepdim=True) + torch.finfo(gram.dtype).tiny
+    found: Tensor = last + torch.linalg.solve(gram, rows @ target.mT).mT
+    return found

@@ -9,10 +9,11 @@ ordinary (grouped) convolution. With Q = K_h K_w:
     tt       (g, r1, I, 1, 1), (g, r2, r1, K_h, 1), (g, r3, r2, 1, K_w), (g, O, r3, 1, 1)
 
 CP, whose middle factors are depthwise, is in ``cp``. A rank above its largest is taken as the largest,
-where the fit is exact. All factors are orthonormal, but for the core of Tucker-2 and the last of the train;
-where the text says "leading vectors", they
-are eigenvectors of the Gram matrix of an unfolding (of its triangular factor, where it is tall), which is
-exact at full rank and resolves singular values down to about 1e-8 of the largest.
+where the fit is exact. "svd" goes by the norm of the error; all its factors are orthonormal, but for the core
+of Tucker-2 and the last of the train. "als" weighs the error by ``input_moments``: the correlations in all
+sweeps, the sums in a last step for the last factor. Where the text says "leading vectors", they are
+eigenvectors of the Gram matrix of an unfolding (of its triangular factor, where it is tall), which is exact
+at full rank and resolves singular values down to about 1e-8 of the largest.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, SelectionError
+from .input_moments import last_factor, unweighed, weighed
 
 __all__ = ["METHODS", "checked", "largest_tt", "largest_tucker2", "leading", "tt", "tucker2"]
 
@@ -85,7 +87,7 @@ def tucker2(
         weight: blocks (g, O, I, K_h, K_w).
         ranks: (R1, R2), channels after the first and after the second convolution.
         method: "svd", the leading vectors of both unfoldings (higher-order SVD), or "als", which starts
-            there and renews each side for the other one (HOOI); it never ends at a larger error.
+            there and renews each side for the other one (HOOI).
         sweeps: "als" stops after so many rounds,
         tolerance: or when the energy that is left out falls by less than this part of all energy.
 
@@ -100,13 +102,17 @@ def tucker2(
     if method not in METHODS:
         raise SelectionError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
     blocks = checked(weight, R1=ranks[0], R2=ranks[1])
-    tensor = blocks.flatten(3).transpose(2, 3)  # (g, O, Q, I)
     first, second = _tucker_ranks(ranks, blocks.shape[1:])
+    iterated = method == "als" and (first, second) != largest_tucker2(blocks.shape[1:])
+    tensor = (weighed(blocks) if iterated else blocks).flatten(3).transpose(2, 3)  # (g, O, Q, I)
     outer, inner = leading(tensor.flatten(2), second), leading(tensor.flatten(1, 2).mT, first)
-    if method == "als" and (first, second) != largest_tucker2(blocks.shape[1:]):
+    if iterated:
         outer, inner = _hooi(tensor, outer, inner, sweeps, tolerance)
     core = (outer.mT @ (tensor @ inner[:, None]).flatten(2)).reshape(len(blocks), second, -1, first)
     core = core.transpose(2, 3).reshape(len(blocks), second, first, *blocks.shape[3:])
+    if iterated:
+        core = unweighed(core)
+        outer = last_factor(blocks, outer, torch.einsum("gsryx,gir->gsiyx", core, inner))
     return inner.mT[..., None, None].contiguous(), core.contiguous(), outer[..., None, None].contiguous()
 
 
@@ -136,14 +142,15 @@ def _hooi(
 
 def tt(
     weight: Tensor, ranks: tuple[int, int, int], method: str = "als", *, sweeps: int = 5
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Tensor train over (I, K_h, K_w, O): 1x1, K_h x 1, 1 x K_w, 1x1.
 
     Args:
         weight: blocks (g, O, I, K_h, K_w).
         ranks: (r1, r2, r3), channels after the first, second and third convolution.
         method: "svd", successive leading vectors (TT-SVD), or "als", which starts there and renews every
-            core for the others, to and fro; on trained 3x3 layers its error is 1.5 to 3.5 % smaller.
+            core for the others, to and fro; on a ResNet-20 at half its MACs that takes
+            0.2 to 2 % of the error off.
         sweeps: of "als".
 
     >>> weight = torch.randn(1, 8, 4, 3, 5)
@@ -157,18 +164,20 @@ def tt(
     if method not in METHODS:
         raise SelectionError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}")
     blocks = checked(weight, r1=ranks[0], r2=ranks[1], r3=ranks[2])
-    tensor, possible = blocks.permute(0, 2, 3, 4, 1), _tt_ranks(ranks, blocks.shape[1:])
+    possible = _tt_ranks(ranks, blocks.shape[1:])
+    iterated = method == "als" and possible != largest_tt(blocks.shape[1:])
+    tensor = (weighed(blocks) if iterated else blocks).permute(0, 2, 3, 4, 1)
     cores = _tt_svd(tensor, possible)
-    if method == "als" and possible != largest_tt(blocks.shape[1:]):
-        for _ in range(sweeps):
-            cores = _tt_sweep(tensor, cores)
+    for _ in range(sweeps if iterated else 0):
+        cores = _tt_sweep(tensor, cores)
     first, down, across, last = (core.permute(0, 3, 1, 2) for core in cores)  # (g, next, rank, mode)
-    return (
-        first.mT[..., None].contiguous(),
-        down[..., None].contiguous(),
-        across[:, :, :, None].contiguous(),
-        last.transpose(1, 3)[..., None].contiguous(),
-    )
+    down, across, last = down[..., None], across[:, :, :, None], last.transpose(1, 3)
+    if iterated:
+        down, across = unweighed(down), unweighed(across)
+        rest = torch.einsum("gtsx,gsry,gri->gtiyx", across[..., 0, :], down[..., 0], first[:, :, 0])
+        last = last_factor(blocks, last[..., 0], rest)[..., None]
+    chain = (first.mT[..., None], down, across, last[..., None])
+    return tuple(block.contiguous() for block in chain)
 
 
 def _tt_ranks(ranks: tuple[int, int, int], shape: Sequence[int]) -> tuple[int, int, int]:

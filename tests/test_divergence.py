@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from fxbasis.divergence import divergence, probe
 from fxbasis.errors import InputError
 
+REMEDY = r"pass evaluate=, a function that scores a model, or estimator=.output.$"
+
 
 def test_divergence_is_that_of_torch() -> None:
     expected, actual = torch.randn(5, 7), torch.randn(5, 7)
@@ -36,13 +38,13 @@ def test_identical_outputs_have_not_changed(dtype: torch.dtype) -> None:
 def test_lists_of_dicts_are_refused(images: int) -> None:
     found = [{"boxes": torch.rand(6, 4), "scores": torch.rand(6)} for _ in range(images)]
     for output in (found, (torch.rand(images, 3), found), torch.zeros(3, dtype=torch.long), "text"):
-        with pytest.raises(InputError, match=r"pass evaluate=, a function that scores a model$"):
+        with pytest.raises(InputError, match=REMEDY):
             divergence(output, output)
 
 
 def test_outputs_of_other_shapes_are_refused() -> None:
     for other in (torch.zeros(2, 4), (torch.zeros(2, 3), torch.zeros(2, 3))):
-        with pytest.raises(InputError, match=r"pass evaluate=, a function that scores a model$"):
+        with pytest.raises(InputError, match=REMEDY):
             divergence(torch.zeros(2, 3), other)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fxbasis import statistics
 from fxbasis.divergence import probe
+from fxbasis.errors import InputError
 from fxbasis.statistics import collect, inner_products
 from fxbasis.windows import all_patches
 
@@ -117,7 +118,7 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     net.head.weight.grad = torch.ones_like(net.head.weight)
     before, threads = snapshot(net), threading.active_count()
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(InputError, match="the model failed on the example inputs"):
             collect(net, layers, [batches[0], torch.zeros(1, 5, 6, 6).double()])
     else:
         collect(net, layers, batches)
