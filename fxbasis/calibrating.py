@@ -131,8 +131,16 @@ def _each_by_itself(
         statistics, norm, weight = subject.statistics[name], norms.get(name), subject.weight(name)
         with_mean = form.bias is not None or norm is not None
         moment = statistics.covariance if with_mean else statistics.moment
-        put_weights(form, fit_to_data(weight, form.plan, moment, statistics.metric))
+        put_weights(form, fit_to_data(weight, form.plan, moment, statistics.metric, _start(form)))
         if with_mean:
             shift = weight - form.weight.detach().to("cpu", torch.float64)
             rows = shift.reshape(len(moment), -1, moment.shape[1])
             add_constant(form, norm, (rows @ statistics.mean[:, :, None]).flatten())
+
+
+def _start(form: BasisConv2d) -> dict[str, Tensor] | None:
+    """The fit to the weight that a form of CP holds, which takes long to find; the others begin anew."""
+    if form.plan.form not in ("cp", "cp4"):
+        return None
+    state = form.state_dict().items()
+    return {name: value.to("cpu", torch.float64) for name, value in state if name.endswith(".weight")}

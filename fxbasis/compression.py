@@ -66,6 +66,7 @@ def compress(
     latency: float | None = None,
     max_drop: float | None = None,
     calibration: Iterable[Any] | None = None,
+    statistics: str | Path | None = None,
     forms: Sequence[str] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> nn.Module:
@@ -102,12 +103,14 @@ def compress(
             they are left alone.
         keep_if_slower: False to time each layer in ONNX Runtime at the sizes of the example inputs, from the
             cache of ``measure_layer``. What is slower than dense there stays dense, with an FxBasisWarning;
-            another names the better rank of a layer just above a step. True times nothing.
+            another names the better rank of a layer just above a step. With budgets the whole model is
+            measured, as with ``latency=1.0``. True times nothing.
         threads: with which layers and models are timed.
         macs, params, latency, max_drop, forms, evaluate: instead of a rank, what ``plan`` plans for: budgets
             as fractions of the whole model's, or the largest predicted change.
         calibration: batches of inputs, without labels, to which every form is then fitted (see
             ``calibrating``): means, metric, sequential refit. The fit is kept that changes the outputs least.
+        statistics: a file for the sums of the calibration pass, as of ``sensitivities``.
 
     Returns:
         A ``torch.fx.GraphModule`` where the model can be traced as a whole, otherwise a module tree of the
@@ -136,8 +139,8 @@ def compress(
     budget = any(value is not None for value in limits.values())
     _check_no_contradiction(budget, plan, rules, form_of | {"effective_weights": effective_weights}, searched)
     if budget and not keep_if_slower:
-        raise SelectionError("keep_if_slower=False undoes what a budget plans; pass latency= for the time")
-    subject = subject_of(model, example_inputs, calibration)
+        limits["latency"] = _no_slower(limits)
+    subject = subject_of(model, example_inputs, calibration, statistics)
     traced = subject.model if calibration is None else copy_model(subject.model)
     if budget:
         plan = _planned(subject, limits, layers, forms or PROPOSED, multiple, evaluate, threads)
@@ -147,7 +150,7 @@ def compress(
         plan = _selected(traced, example_inputs, layers, settings, effective_weights)
     else:
         plan = _given(plan)
-    if not keep_if_slower:
+    if not budget and not keep_if_slower:
         _check(traced, plan)
         plan = without_slower(plan, number_convs(traced, example_inputs), threads)
     return _rewritten(model, traced, plan, subject)
@@ -165,6 +168,13 @@ def _planned(
     estimator = estimator_for(None, subject.batches or None, evaluate)
     how = {"evaluate": evaluate, "path": None, "executor": None, "minutes": None}
     return plan_for(subject, asked_for(**limits), layers, forms, estimator, multiple, "sum", threads, how)
+
+
+def _no_slower(limits: Mapping[str, float | None]) -> float:
+    """The budget of time under which a model is no slower than the original."""
+    if limits["max_drop"] is not None:
+        raise SelectionError("max_drop= minimises the MACs, whatever their time; pass latency= instead of it")
+    return limits["latency"] or 1.0
 
 
 def _selected(

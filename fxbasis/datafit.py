@@ -36,7 +36,12 @@ Weights = dict[str, Tensor]
 
 
 def fit_to_data(
-    weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor, start: Weights | None = None
+    weight: Tensor,
+    plan: LayerPlan,
+    moment: Tensor,
+    metric: Tensor,
+    start: Weights | None = None,
+    rounds: int = ROUNDS,
 ) -> Weights:
     """The weights of the steps by name, in float64.
 
@@ -45,18 +50,18 @@ def fit_to_data(
         plan: form and ranks.
         moment: (g, q, q), second moment of the patches, or their covariance where a constant is free.
         metric: (C, C), of the outputs.
-        start: of ``short_fits``, for a short fit; a thorough one begins from the best fit to the weight.
+        start: a fit to the weight, by default the best one.
+        rounds: in which the steps are renewed, of forms that have no closed solution.
     """
     weight = weight.detach().to("cpu", torch.float64)
     if not moment.any() or not moment.isfinite().all() or plan.steps[-1].groups != plan.groups:
-        return fit(weight, plan)  # no input was seen, or filters of several groups share a basis
+        return start or fit(weight, plan)  # no input was seen, or filters of several groups share a basis
     metric = _damped(metric)
     if plan.form in ("output", "gauge"):
         return _projected(weight, plan, moment, metric)
     if plan.form == "reduced":
         return fit(weight, plan, moment)
-    rounds = ROUNDS if start is None else SHORT
-    return renewed(weight, plan, fit(weight, plan) if start is None else start, moment, metric, rounds)
+    return renewed(weight, plan, start or fit(weight, plan), moment, metric, rounds)
 
 
 def _damped(metric: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-if-slower",
         action="store_true",
-        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense "
-        "(under a plan or a budget, which decides, nothing is dropped)",
+        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense, "
+        "and under a budget the whole model must be no slower (--plan and --max-drop decide alone)",
     )
     add_timing(parser)
 
@@ -152,6 +152,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FOLDER",
         help="images without labels, in any subfolders; prepared as torchvision or timm states for MODEL",
+    )
+    parser.add_argument(
+        "--statistics",
+        metavar="FILE",
+        help="keeps the sums of the calibration pass; read again by the next command on model and images",
     )
     parser.add_argument("--images", type=count, default=1000, help="of them at most so many (default 1000)")
 

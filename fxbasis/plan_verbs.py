@@ -36,7 +36,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("layers", "multiple", "estimator", "minutes")
+    names = ("layers", "multiple", "estimator", "minutes", "statistics")
     return {**{name: getattr(options, name) for name in names}, "path": options.jsonl, **planning(options)}
 
 

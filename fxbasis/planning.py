@@ -37,6 +37,7 @@ def plan(
     example_inputs: ExampleInputs,
     *,
     calibration: Iterable[Any] | None = None,
+    statistics: str | Path | None = None,
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
@@ -55,8 +56,8 @@ def plan(
     """The plan of least predicted change within budgets, or the cheapest within a largest change.
 
     Args:
-        model, example_inputs, calibration, layers, forms, estimator, evaluate, multiple, path, executor,
-            minutes: as of ``sensitivities``, which are computed first.
+        model, example_inputs, calibration, statistics, layers, forms, estimator, evaluate, multiple, path,
+            executor, minutes: as of ``sensitivities``, which are computed first.
         macs, params: budgets, as fractions of the whole model's.
         latency: a budget too, of the time in ONNX Runtime with ``threads``. Layers are timed one by one, and
             plans are built and measured whole, beside the original, until one keeps the budget.
@@ -81,7 +82,7 @@ def plan(
         InputError: as ``sensitivities``.
     """
     asked = asked_for(macs=macs, params=params, latency=latency, max_drop=max_drop)
-    subject = subject_of(model, example_inputs, calibration)
+    subject = subject_of(model, example_inputs, calibration, statistics)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     name = estimator_for(estimator, calibration, evaluate)
     return plan_for(subject, asked, layers, forms, name, multiple, combine, threads, how)
@@ -184,6 +185,7 @@ def pareto(
     example_inputs: ExampleInputs,
     *,
     calibration: Iterable[Any] | None = None,
+    statistics: str | Path | None = None,
     cost: str = "macs",
     layers: Layers = "all",
     forms: Sequence[str] = PROPOSED,
@@ -209,7 +211,7 @@ def pareto(
     """
     if cost not in ("macs", "params"):
         raise SelectionError(f"cost={cost!r} has no front; choose macs or params")
-    subject = subject_of(model, example_inputs, calibration)
+    subject = subject_of(model, example_inputs, calibration, statistics)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     name = estimator_for(estimator, calibration, evaluate)
     return _front(subject, cost, layers, forms, name, multiple, how)

@@ -11,7 +11,7 @@ _NAMES = {"macs": "MACs", "params": "parameters", "latency": "time"}
 _OF_PLANS = {**_NAMES, "max_drop": "predicted change"}
 
 
-def promised(forecast: Mapping[str, Any], measured: Mapping[str, float]) -> list[str]:
+def promised(forecast: Mapping[str, Any], measured: Mapping[str, float] | None = None) -> list[str]:
     """Paragraphs on a plan and on the fit to calibration data; none where there was neither.
 
     >>> promised({"asked": {"macs": 0.5}, "macs": 0.49, "change": 0.02, "unit": "nats"}, {"macs": 0.49})
@@ -19,9 +19,9 @@ def promised(forecast: Mapping[str, Any], measured: Mapping[str, float]) -> list
 
     Args:
         forecast: of a ``Plan``.
-        measured: ratios to the original by name: macs, params, latency.
+        measured: ratios to the original by name: macs, params, latency; None before they are known.
     """
-    found = []
+    found, measured = [], measured or {}
     if "asked" in forecast:
         found.append(_planned(forecast))
         broken = {name: limit for name, limit in forecast["asked"].items() if measured.get(name, 0.0) > limit}
@@ -46,7 +46,10 @@ def _planned(forecast: Mapping[str, Any]) -> str:
             f"sequential refit; no plan of these candidates is below {forecast['bound']:.3g} "
             f"{_NAMES.get(forecast['objective'], forecast['objective'])})"
         )
-    return text + "."
+    text += "."
+    if "measured latency" in forecast:
+        text += f" Measured before the fit: time {forecast['measured latency']:.3f}."
+    return text
 
 
 def _fitted(fit: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compositions import GaugeComposition
-from .datafit import fit_to_data, short_fits
+from .datafit import SHORT, fit_to_data, short_fits
 from .factors import folded
 from .passes.ranking import ranks_by_cost, rounded_down
 from .passes.records import NO_GAIN, OK, ConvRecord
@@ -21,6 +22,9 @@ __all__ = ["PROPOSED", "Proposal", "excluded", "proposals_of", "shift_of", "step
 
 PROPOSED = ("cp", "gauge")
 RATIOS = (0.1, 0.15, 0.22, 0.3, 0.4, 0.52, 0.67, 0.85)
+EDGES = ((64, 16), (8, 4))
+"""From so many channels on, ranks lie on the steps of their time: ONNX Runtime computes 16 channels together
+(8 without AVX-512), and leaves its fast kernels for depthwise convolutions of no multiple of 4."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,25 @@ def excluded(record: ConvRecord) -> str:
 def proposals_of(record: ConvRecord, forms: Sequence[str] = PROPOSED, multiple: int = 1) -> list[Proposal]:
     """Every form at ranks from a tenth of the layer's MACs up, cheaper than dense, each once.
 
-    ``multiple`` divides every rank; a layer too small for that has no proposals.
+    ``multiple`` divides every rank; a layer too small for that has no proposals. Ranks that it leaves free
+    lie on ``EDGES``.
     """
     found: dict[tuple[str, tuple[int, ...]], Proposal] = {}
     for form in dict.fromkeys(_for_kernel(record, form) for form in forms):
         for ratio in RATIOS:
             ranks = ranks_by_cost(record, ratio, "macs", form)
-            ranks = rounded_down(record, ranks, multiple, form)
+            ranks = rounded_down(record, ranks, multiple if multiple > 1 else _edge(record, ranks), form)
             made = _proposal(record, form, ranks)
             whole = all(rank % multiple == 0 for rank in ranks)
             if whole and made.macs < (record.macs or 0):
                 found.setdefault((form, ranks), made)
     return list(found.values())
+
+
+def _edge(record: ConvRecord, ranks: tuple[int, ...]) -> int:
+    """What ranks are rounded to, without losing more of them than the group's number makes necessary."""
+    fitting = (step for least, step in EDGES if min(ranks) >= math.lcm(step, record.groups) // step * least)
+    return next(fitting, 1)
 
 
 def _for_kernel(record: ConvRecord, form: str) -> str:
@@ -100,7 +111,7 @@ def step_weights(
         return short
     moment = statistics.covariance if with_mean else statistics.moment
     return [
-        fit_to_data(weight, layer, moment, statistics.metric, start)
+        fit_to_data(weight, layer, moment, statistics.metric, start, SHORT)
         for layer, start in zip(layers, short, strict=True)
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 from .costs import ConvShape
 from .errors import PlanError
 from .files import write_whole
+from .promises import promised
 from .structures import FORMS, Ranks, Step, settled
 from .tables import aligned
 
@@ -114,8 +115,7 @@ class Plan:
             [str(layer.number), layer.name, layer.form, ", ".join(map(str, layer.ranks)), layer.reason]
             for layer in self
         ]
-        told = [f"{name}: {value}" for name, value in self.forecast.items()]
-        return "\n".join([aligned(rows, headers, left=("name", "form", "why")), *told])
+        return "\n".join([aligned(rows, headers, left=("name", "form", "why")), *promised(self.forecast)])
 
     @property
     def compressed(self) -> tuple[LayerPlan, ...]:

@@ -155,6 +155,7 @@ def sensitivities(
     example_inputs: ExampleInputs,
     *,
     calibration: Iterable[Any] | None = None,
+    statistics: str | Path | None = None,
     layers: Layers = "all",
     forms: Sequence[str] = PROPOSED,
     estimator: str | None = None,
@@ -173,6 +174,8 @@ def sensitivities(
         model: any; not touched.
         example_inputs: one batch, by which costs are counted.
         calibration: batches of inputs, without labels (what follows the input in a batch is ignored).
+        statistics: a file for the sums of the calibration pass (safetensors, 8 q^2 bytes for each group of
+            fan-in q), with a hash of model and data: read where that fits, otherwise written.
         layers: which; as of ``compress``, without settings.
         forms: that are tried; for 1x1 kernels those with a kernel to take apart are replaced by gauge.
         estimator: one of ``ESTIMATORS``; by default evaluate if that is given, else fisher, and without
@@ -200,7 +203,7 @@ def sensitivities(
         LayerError: for a weight that is not finite.
     """
     name = estimator_for(estimator, calibration, evaluate)
-    subject = subject_of(model, example_inputs, calibration)
+    subject = subject_of(model, example_inputs, calibration, statistics)
     proposals = proposed(subject, forms, multiple, layers)
     fitted = fitted_all(subject, proposals)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .calibration_data import checked, inputs_of
 from .divergence import divergence
 from .errors import InputError
+from .files import check_target
 from .forms import BasisConv2d
 from .kernels import kernel_of
 from .passes.numbering import conv_layers, number_convs
@@ -26,6 +28,7 @@ from .recipe import LayerPlan, Plan
 from .refitting import batchnorms_behind
 from .running import ExampleInputs, batch_size, copy_model, run, tensors_of
 from .statistics import LayerStatistics, collect
+from .statistics_file import read_statistics, write_statistics
 
 __all__ = ["Subject", "built", "first_images", "plan_with", "put_weights", "subject_of", "take_off_"]
 
@@ -41,12 +44,14 @@ class Subject:
         model: traced; in no case changed.
         example: the example inputs. table: the numbered convolutions.
         batches: calibration inputs; none without calibration.
+        kept: the file that keeps the statistics, or None.
     """
 
     model: nn.Module
     example: ExampleInputs
     table: ConvTable
     batches: tuple[ExampleInputs, ...]
+    kept: Path | None = None
 
     @cached_property
     def layers(self) -> dict[str, nn.Conv2d]:
@@ -75,9 +80,18 @@ class Subject:
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
-        """Of each layer; none without calibration."""
+        """Of each layer, from the file that keeps them or else into it; none without calibration."""
         if not self.batches:
             return {}
+        digest = self.digest("statistics", IMAGES) if self.kept else ""
+        found = read_statistics(self.kept, digest) if self.kept else None
+        if found is None:
+            found = self._collected()
+            if self.kept:
+                write_statistics(self.kept, found, digest)
+        return found
+
+    def _collected(self) -> dict[str, LayerStatistics]:
         batches = first_images(self.batches, IMAGES)
         found = collect(self.model, self.layers, batches, gradients=self.comparable)
         for name, one in found.items():
@@ -121,18 +135,27 @@ def _bytes(tensor: Tensor) -> bytes:
     return f"{tuple(tensor.shape)} {tensor.dtype}".encode() + values
 
 
-def subject_of(model: nn.Module, example_inputs: ExampleInputs, calibration: Iterable[Any] | None) -> Subject:
-    """Trace, number, and read the batches.
+def subject_of(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    calibration: Iterable[Any] | None,
+    statistics: str | Path | None = None,
+) -> Subject:
+    """Trace, number, and read the batches; ``statistics`` is the file that keeps those of the layers.
 
     Raises:
-        InputError: for calibration data that cannot be read twice, or holds nothing.
+        InputError: for calibration data that cannot be read twice, or holds nothing, or a file without data.
+        UsageError: for a file that cannot be written.
     """
     if example_inputs is None:
         raise InputError("example_inputs is None; pass one batch that the model takes")
+    if statistics is not None and calibration is None:
+        raise InputError("statistics= keeps the sums of calibration data; pass calibration= too")
+    kept = None if statistics is None else check_target(Path(statistics))
     traced = trace(model, example_inputs)
     table = number_convs(traced, example_inputs)
     batches = () if calibration is None else tuple(inputs_of(batch) for batch in checked(calibration))
-    return Subject(traced, example_inputs, table, batches)
+    return Subject(traced, example_inputs, table, batches, kept)
 
 
 def first_images(batches: Sequence[ExampleInputs], images: int) -> list[ExampleInputs]:

@@ -80,10 +80,11 @@ def _compress(options: argparse.Namespace) -> Result:
         given["size"] = number(given["size"])
     example = parse_input(options.input)
     model = load_chosen(options)
-    keep = options.keep_if_slower or options.plan is not None or budget
+    keep = options.keep_if_slower or options.plan is not None or "max_drop" in given
     timing = {"keep_if_slower": keep, "threads": options.threads}
     calibration = load_calibration(options, example)
-    small = compress(model, example, plan=options.plan, calibration=calibration, **given, **timing)
+    data = {"calibration": calibration, "statistics": options.statistics}
+    small = compress(model, example, plan=options.plan, **data, **given, **timing)
     remarks = calibration_remark(options)
     random = f"Weights are random (seed {options.seed}): times and sizes hold, accuracy does not exist."
     done = report(

@@ -211,7 +211,7 @@ def test_the_front_is_monotone_ends_dense_and_can_be_built() -> None:
         ({"macs": 0.6, "energy": 0.9}, "energy= and a budget both say the ranks; pass one"),
         ({"macs": 0.6, "form": "gauge"}, "pass forms= instead of form="),
         ({"macs": 0.6, "fixed_basis": True}, "pass forms= instead of fixed_basis="),
-        ({"macs": 0.6, "keep_if_slower": False}, "pass latency= for the time"),
+        ({"max_drop": 0.1, "keep_if_slower": False}, "pass latency= instead of it"),
         ({"forms": ["gauge"]}, "pass a budget too, such as macs=0.5"),
         ({"evaluate": lambda model: 1.0}, "pass a budget too, such as macs=0.5"),
     ],
@@ -287,6 +287,30 @@ def test_of_the_plans_in_time_the_one_of_least_change_is_taken(monkeypatch: pyte
     measured_as([0.9, 0.8, 0.9, 0.9, 0.9], monkeypatch)
     with pytest.raises(PlanError, match=r"the fastest took 0\.[89]00 of the original's time: raise it"):
         plan(shaped(), DATA[0], latency=0.7, **FAST)
+
+
+def test_other_budgets_come_first_and_layers_are_timed_only_where_that_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured_as([0.8], monkeypatch)
+    monkeypatch.setattr(fxbasis.latency, "layer_ms", None)
+    alone, both = (plan(shaped(), DATA[0], macs=0.6, **more, **FAST) for more in ({}, {"latency": 0.9}))
+    assert both.layers == alone.layers
+    assert (both.forecast["measured latency"], both.forecast["asked"]) == (0.8, {"macs": 0.6, "latency": 0.9})
+    measured_as([1.3, 0.9, 0.9, 0.9, 0.9, 0.9], monkeypatch)
+    slow = plan(shaped(), DATA[0], macs=0.6, latency=0.95, **FAST)
+    assert slow.forecast["measured latency"] == 0.9
+    assert slow.forecast["macs"] <= 0.6
+
+
+def test_no_slower_model_is_returned_under_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = shaped()
+    measured_as([0.8], monkeypatch)
+    small = compress(net, DATA[0], macs=0.6, keep_if_slower=False, **FAST)
+    assert plan_of(small).forecast["asked"] == {"macs": 0.6, "latency": 1.0}
+    measured_as([1.2] * 6, monkeypatch)
+    with pytest.raises(PlanError, match=r"for macs=0.6 took 1.200 of .*; keep_if_slower=True .*keeps it$"):
+        compress(net, DATA[0], macs=0.6, keep_if_slower=False, **FAST)
 
 
 def test_a_budget_of_time_and_scores_without_comparable_outputs() -> None:
