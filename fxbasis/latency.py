@@ -60,8 +60,9 @@ def planned_by_time(
         if not others:
             raise
         raise PlanError(
-            f"the best plan for {_listed(others)} took {ratio:.3f} of the original's time, and none was found "
-            f"that keeps latency={asked['latency']} too ({error}); keep_if_slower=True (--keep-if-slower) keeps it"
+            f"the best plan for {_listed(others)} took {ratio:.3f} of the original's time, and no "
+            f"other keeps latency={asked['latency']} too ({error}); "
+            "keep_if_slower=True (--keep-if-slower) keeps it"
         ) from error
 
 
