@@ -99,6 +99,15 @@ def test_exact_at_full_rank(basis: str, scaled: bool) -> None:
         assert beta or code.distinct_outputs == 9
 
 
+@pytest.mark.parametrize("basis", BASES)
+def test_parallel_filters_are_exact_at_full_rank_down_to_the_last_digit(basis: str) -> None:
+    filters = torch.linspace(-1, 1, 3).double()[:, None] * torch.randn(6).double()
+    for beta in (0.0, 0.25, 1.0):
+        code = encode(filters @ filters.mT, 3, beta, basis)
+        assert torch.equal(code.composition() @ (code.atoms @ filters), filters)
+        assert int((code.second >= 0).sum()) == round(beta * 3)
+
+
 @bases
 @copies
 def test_zero_filters_and_zero_gram(basis: str, scaled: bool) -> None:
