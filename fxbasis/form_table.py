@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from .errors import SelectionError
 from .export.layer_times import time_ratio
 from .passes.numbering import number_convs
 from .passes.ranking import check_ratio, ranks_by_cost
-from .structures import FORMS, Ranks, form_macs, form_params, training_macs
+from .structures import FORMS, Ranks, form_macs, form_params, saved_activations, training_macs
 from .tables import aligned
 
 __all__ = ["FormCost", "FormTable", "form_table"]
@@ -28,6 +29,7 @@ class FormCost:
         macs, params: of a forward pass, and of its weights.
         macs_ratio, params_ratio: the same over the dense ones.
         training_ratio: MACs of a forward and backward pass over those of the dense layer.
+        saved_ratio: what autograd keeps for the backward pass over the same of the dense layer.
         largest: the ranks at which the form is exact.
         time_ratio: the measured time over that of the dense layer; None where nothing was timed.
     """
@@ -39,6 +41,7 @@ class FormCost:
     macs_ratio: float
     params_ratio: float
     training_ratio: float
+    saved_ratio: float
     largest: Ranks
     time_ratio: float | None = None
 
@@ -65,7 +68,8 @@ class FormTable:
         return (
             f"{head}: the largest ranks at or under {self.ratio:g} of the MACs (weight: of the weights)\n\n"
             f"{table}\n\nMACs of one image (FLOPs = 2 x MACs); training: forward and backward, with the "
-            f"gradient of the input.\n{_MEASURED if measured else _NOT_MEASURED}"
+            "gradient of the input; saved: the activations that autograd keeps for it.\n"
+            f"{_MEASURED if measured else _NOT_MEASURED}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +77,7 @@ class FormTable:
         return {"unit": "MACs of one image", "forms": [asdict(row) for row in self.rows]}
 
 
-_HEADERS = ("form", "rank", "exact at", "MACs", "ratio", "params", "ratio", "training ratio")
+_HEADERS = ("form", "rank", "exact at", "MACs", "ratio", "params", "ratio", "training ratio", "saved ratio")
 
 
 _NOT_MEASURED = "Work is not time and not accuracy: `fxbasis compress` measures the one, your data the other."
@@ -84,10 +88,10 @@ _MEASURED = (
 
 def _row(row: FormCost) -> list[str]:
     ranks, largest = (", ".join(map(str, found)) for found in (row.ranks, row.largest))
-    ratios = (row.macs_ratio, row.params_ratio, row.training_ratio)
-    macs, params, training = (f"{ratio:.3f}" for ratio in ratios)
+    ratios = (row.macs_ratio, row.params_ratio, row.training_ratio, row.saved_ratio)
+    macs, params, *training = (f"{ratio:.3f}" for ratio in ratios)
     time = [] if row.time_ratio is None else [f"{row.time_ratio:.3f}"]
-    return [row.form, ranks, largest, f"{row.macs:,}", macs, f"{row.params:,}", params, training, *time]
+    return [row.form, ranks, largest, f"{row.macs:,}", macs, f"{row.params:,}", params, *training, *time]
 
 
 def form_table(
@@ -132,6 +136,7 @@ def _dense(shape: ConvShape, size: tuple[int, int]) -> FormCost:
         macs_ratio=1.0,
         params_ratio=1.0,
         training_ratio=1.0,
+        saved_ratio=1.0,
         largest=(),
     )
 
@@ -147,5 +152,6 @@ def _cost(form: str, shape: ConvShape, size: tuple[int, int], ranks: Ranks) -> F
         macs_ratio=macs / dense,
         params_ratio=params / dense_params(shape),
         training_ratio=training_macs(form, shape, ranks, size, size) / (3 * dense),
+        saved_ratio=saved_activations(form, shape, ranks, size, size) / (shape.in_channels * math.prod(size)),
         largest=FORMS[form].largest_ranks(shape),
     )

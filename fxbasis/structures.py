@@ -47,6 +47,7 @@ __all__ = [
     "break_even_rank",
     "form_macs",
     "form_params",
+    "saved_activations",
     "settled",
     "training_macs",
     "weight_groups",
@@ -227,3 +228,31 @@ def training_macs(
     if form == "weight":  # dense, and the product, of which a fixed basis takes one of two gradients
         return 3 * sum(macs) - saved - macs[1] * fixed_basis
     return 3 * sum(macs) - saved - macs[0] * fixed_basis
+
+
+def saved_activations(
+    form: str, shape: ConvShape, ranks: Ranks, output_size: Size, input_size: Size, batch: int = 1
+) -> int:
+    """Numbers that autograd keeps of a forward pass for the backward pass, weights and indices not counted.
+
+    A convolution keeps its input (PyTorch does so for a fixed weight too), which is all that dense keeps; a
+    form keeps the input of each step. The weight form keeps the layer's input and the weight that it
+    composes; the reduced form, instead of its atoms, what each output scales, and the second terms.
+
+    >>> shape, size = ConvShape(64, 64, (3, 3)), (56, 56)
+    >>> saved_activations("output", shape, (32,), size, size) / (64 * 56 * 56)
+    1.5
+    """
+    (height, width), kept = input_size, 0
+    first = batch * shape.in_channels * height * width
+    if form == "weight":
+        return first + shape.out_channels * shape.fan_in
+    if form == "reduced":
+        return first + batch * (shape.out_channels + ranks[1]) * output_size[0] * output_size[1]
+    channels = shape.in_channels
+    for step in FORMS[form].steps(shape, ranks):
+        kept += batch * channels * height * width
+        height = output_size[0] if step.axes[0] else height
+        width = output_size[1] if step.axes[1] else width
+        channels = step.out_channels
+    return kept

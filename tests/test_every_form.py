@@ -24,7 +24,14 @@ from fxbasis.fitting import fit
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.selection import select
 from fxbasis.recipe import LayerPlan
-from fxbasis.structures import FORMS, break_even_rank, form_macs, form_params, training_macs
+from fxbasis.structures import (
+    FORMS,
+    break_even_rank,
+    form_macs,
+    form_params,
+    saved_activations,
+    training_macs,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*it is rewritten because it was asked for"),
@@ -218,6 +225,25 @@ def test_training_is_counted_as_autograd_does_it(form: str, input_gradient: bool
     assert counted in (2 * expected, 2 * (expected + over))  # torch 2.15 counts a grouped
     # convolution's weight gradient as many times as it has groups
     assert (module.basis.weight.grad is None) == fixed_basis
+
+
+@pytest.mark.parametrize("fixed_basis", [False, True], ids=["trained", "fixed"])
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_activations_are_what_autograd_keeps(form: str, fixed_basis: bool) -> None:
+    shape, ranks = ConvShape(6, 8, (3, 2)), RANKS.get(form, (4,))
+    module = everything(form, shape, ranks, fixed_basis=fixed_basis)
+    weights = {parameter.data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.data_ptr() not in weights and tensor.shape[-2:] != (1, 1):
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = module(torch.randn(2, 6, 9, 7, requires_grad=True))
+    after = (found.shape[2], found.shape[3])
+    assert sum(kept.values()) == saved_activations(form, shape, ranks, after, (9, 7), 2)
 
 
 @given(
