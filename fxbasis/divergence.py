@@ -34,7 +34,7 @@ def divergence(expected: Any, actual: Any) -> Tensor:
     if shapes != others:
         raise InputError(f"the outputs have shapes {shapes} and {others}, so their change {_REMEDY}")
     pairs = zip(first, second, strict=True)
-    return sum(_change(a.detach().double(), b.detach().double()) for a, b in pairs)  # type: ignore[return-value]
+    return sum(_change(a.detach().double(), b.double()) for a, b in pairs)  # type: ignore[return-value]
 
 
 def _change(expected: Tensor, actual: Tensor) -> Tensor:
@@ -49,17 +49,21 @@ def _scale(expected: Tensor) -> Tensor:
     return expected.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def probe(output: Any, generator: torch.Generator) -> Tensor:
+def probe(output: Any, generator: torch.Generator, expected: Any = None) -> Tensor:
     """A scalar whose gradient at each image is random, with the Hessian of the change as its covariance.
+
+    Of the change from ``expected``, by default the output itself.
 
     So the change caused by a small shift d of something inside is half the mean square of <gradient, d>.
     Of logits with probabilities p the vector is the sum over k of eps_k sqrt(p_k) (e_k - p), eps = +-1, whose
     covariance is diag(p) - p p^T.
     """
-    return sum(_probe(leaf, generator) for leaf in _leaves(output))  # type: ignore[return-value]
+    leaves = _leaves(output)
+    pairs = zip(leaves, leaves if expected is None else _leaves(expected), strict=True)
+    return sum(_probe(*pair, generator) for pair in pairs)  # type: ignore[return-value]
 
 
-def _probe(leaf: Tensor, generator: torch.Generator) -> Tensor:
+def _probe(leaf: Tensor, expected: Tensor, generator: torch.Generator) -> Tensor:
     signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf.device, torch.float64) * 2 - 1
     value = leaf.detach().double()
     if _is_logits(leaf):
@@ -67,7 +71,7 @@ def _probe(leaf: Tensor, generator: torch.Generator) -> Tensor:
         weights = signs * p.sqrt()
         vector = weights - p * weights.sum(1, keepdim=True)
     else:
-        vector = signs / (_scale(value) * leaf[0].numel()).sqrt()
+        vector = signs / (_scale(expected.detach().double()) * leaf[0].numel()).sqrt()
     largest = torch.finfo(leaf.dtype).max
     return (vector.clamp(-largest, largest).to(leaf.dtype) * leaf).sum()
 

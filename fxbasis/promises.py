@@ -47,6 +47,9 @@ def _planned(forecast: Mapping[str, Any]) -> str:
             f"{_NAMES.get(forecast['objective'], forecast['objective'])})"
         )
     text += "."
+    if "measured change" in forecast:
+        found, rounds = forecast["measured change"], forecast["rounds"]
+        text += f" Measured before the fit: change {found:.3g}, the best of {rounds} rounds about it."
     if "measured latency" in forecast:
         text += f" Measured before the fit: time {forecast['measured latency']:.3f}."
     return text

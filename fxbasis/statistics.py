@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .divergence import probe
+from .errors import InputError
 from .running import ExampleInputs, batch_size, call, in_mode, seeded
 from .windows import all_patches, sampled_patches
 
-__all__ = ["LayerStatistics", "collect", "inner_products", "observed"]
+__all__ = ["LayerStatistics", "against", "by_image", "collect", "inner_products", "observed"]
 
 WIDE = 1024
 LEAST = 64  # positions sampled of an image
@@ -190,16 +191,25 @@ def inner_products(
     for seed, inputs in enumerate(batches):
         sums = {name: torch.zeros(batch_size(inputs), len(shift)) for name, shift in flat.items()}
         for name, input, gradient in _gradients(model, chosen, inputs, seed):
-            sums[name] = sums[name] + _against(layers[name], input, gradient, flat[name], means[name])
+            values = against(layers[name], input, gradient, flat[name], means[name])
+            sums[name] += by_image(name, values, len(sums[name]))
         for name, values in sums.items():
             found[name].append(values.double())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _against(
-    layer: nn.Conv2d, input: Tensor, gradient: Tensor, shifts: Tensor, mean: Tensor | None
-) -> Tensor:
-    """(B, n): the gradient of the weight of each image against each shift."""
+def by_image(name: str, values: Tensor, images: int) -> Tensor:
+    """(B, n) for the images of the model's batch, of which a layer may see several parts: frames, windows."""
+    if len(values) % images:
+        raise InputError(
+            f"{name} sees a batch of {len(values)} for {images} images, so it is not known which is whose; "
+            'pass one image in each batch, or estimator="kfac"'
+        )
+    return values.view(images, -1, values.shape[1]).sum(1)
+
+
+def against(layer: nn.Conv2d, input: Tensor, gradient: Tensor, shifts: Tensor, mean: Tensor | None) -> Tensor:
+    """(B, n): the gradient of the weight of each image, of one call, against each of the shifts (n, C q)."""
     images = gradient.reshape(-1, *gradient.shape[-3:])
     inputs = input.reshape(-1, *input.shape[-3:])
     patch = layer.weight[0].numel() * layer.groups * images.shape[2] * images.shape[3]

@@ -102,6 +102,7 @@ LAYERS = {
         "calibrating",
         "choices",
         "latency",
+        "relinearising",
         "planning",
         "compression",
         "saving",

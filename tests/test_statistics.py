@@ -206,3 +206,43 @@ def test_inner_products_take_the_mean_patch_off() -> None:
         kept[seed] = gradient.sum((2, 3)) @ constant["first"]
     handle.remove()
     assert near(plain[:, 0] - with_mean[:, 0], torch.cat(kept).detach(), 1e-5)
+
+
+class Frames(nn.Module):
+    """Folds the frames of each image into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean((1, 3, 4))
+
+
+def test_frames_are_added_up_for_their_image() -> None:
+    net, batch = Frames().double().eval(), torch.randn(3, 5, 3, 8, 8).double()
+    shifts = {"conv": torch.randn(2, 4, 3, 3, 3).double()}
+    layers: dict[str, nn.Conv2d] = {"conv": net.conv}
+    found = inner_products(net, layers, shifts, [batch], {"conv": None})["conv"]
+    generator = torch.Generator().manual_seed(0)
+    leaf = net.conv.weight
+    for image in range(3):
+        outputs = net(batch)
+        scalar = probe(outputs, generator.manual_seed(0))
+        mine = torch.autograd.grad(scalar, outputs, retain_graph=True)[0][image]
+        (gradient,) = torch.autograd.grad(outputs[image] @ mine, leaf)
+        torch.testing.assert_close(
+            found[image].float(), (shifts["conv"] * gradient).sum((1, 2, 3, 4)).float(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_batch_that_is_no_multiple_of_the_images_is_refused() -> None:
+    class Odd(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:1].expand(3, -1, -1, -1)).mean((2, 3))[:2]
+
+    net = Odd(nn.Conv2d(3, 4, 3)).eval()
+    with pytest.raises(InputError, match=r'0 sees a batch of 3 for 2 images.*or estimator="kfac"$'):
+        inner_products(
+            net, {"0": net[0]}, {"0": torch.randn(1, 4, 3, 3, 3)}, [torch.randn(2, 3, 8, 8)], {"0": None}
+        )

@@ -25,6 +25,7 @@ from torch import nn
 import fxbasis
 from fxbasis.demo.digits import accuracy
 from fxbasis.export.layer_runs import processor
+from fxbasis.pictures import draw_forecast
 
 BASELINE = ("output", "gauge")
 LEAST_ACCURACY, LEAST_CORRELATION = 80.0, 0.9
@@ -53,8 +54,10 @@ def main() -> int:
     options = _options()
     before = os.getloadavg()[0]
     model, calibration = load_model(options.weights), drawn(options.data, options.images, options.seed)
-    agreement, points = correlation(model, calibration, options.forms)
+    pairs = predicted_and_measured(model, calibration, options.forms)
+    agreement, points = float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
     print(f"Spearman's rank correlation {agreement:.4f} over {points} points", flush=True)
+    draw_forecast(pairs, options.out.with_suffix(""), told=f"one layer alone, {SUBSET} images")
     tests = load_images(options.data)
     wanted = [(budget, options.forms) for budget in options.budgets] + [(0.5, BASELINE)]
     rows = [said(budget_row(model, calibration, tests, *one)) for one in wanted]
@@ -66,7 +69,7 @@ def main() -> int:
         f"Required: {', '.join(BASELINE)} at half of the MACs at least {LEAST_ACCURACY:.0f} %: "
         f"{rows[-1]['accuracy, %']:.2f} %.\n\nRequired: at least {LEAST_CORRELATION} as Spearman's rank "
         f"correlation between the fisher estimate and the measured change of one layer alone, over {points} "
-        f"layers, forms and ranks, {SUBSET} images: {agreement:.3f}.\n"
+        f"layers, forms and ranks, {SUBSET} images: {agreement:.3f} ([picture]({options.out.stem}.png)).\n"
     )
     options.out.write_text(f"{head(facts)}\n{table(rows)}\n\n{closing}", encoding="utf-8")
     print(f"{closing}\nwritten to {options.out}")
@@ -140,15 +143,16 @@ def head(facts: dict[str, Any]) -> str:
     return HEAD.format(**facts, **versions, processor=processor(), processors=os.cpu_count())
 
 
-def correlation(model: nn.Module, calibration: list[torch.Tensor], forms: Any) -> tuple[float, int]:
-    """Spearman's, of the fisher estimate with the measured change of one layer alone; over how many."""
+def predicted_and_measured(
+    model: nn.Module, calibration: list[torch.Tensor], forms: Any
+) -> list[tuple[float, float]]:
+    """The change by one layer alone, by the fisher estimate and as measured, over layers, forms and ranks."""
     images = torch.cat(calibration)[:SUBSET]
     how = {"calibration": list(images.split(SUBSET)), "forms": tuple(forms)}
     fisher, measured = (
         fxbasis.sensitivities(model, images[:2], estimator=name, **how) for name in ("fisher", "measured")
     )
-    changes = [[row.change for row in rows] for rows in (fisher, measured)]
-    return float(spearmanr(*changes).statistic), len(fisher)
+    return [(one.change, other.change) for one, other in zip(fisher, measured, strict=True)]
 
 
 if __name__ == "__main__":

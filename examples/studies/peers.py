@@ -67,10 +67,9 @@ def aimet(given: Given, scheme: str) -> nn.Module:
     model = copy.deepcopy(given.model)
     kind = {"spatial_svd": defs.SpatialSvdParameters, "weight_svd": defs.WeightSvdParameters}[scheme]
     greedy = GreedySelectionParameters(target_comp_ratio=Decimal(str(given.budget)))
-    options = {"modules_to_ignore": [model.conv1]}
-    if scheme == "weight_svd":
-        options["rank_select_scheme"] = defs.RankSelectScheme.greedy
-    parameters = kind(kind.Mode.auto, kind.AutoModeParams(greedy, **options))
+    how = [defs.RankSelectScheme.greedy] if scheme == "weight_svd" else []
+    automatic = kind.AutoModeParams(*how, greedy, modules_to_ignore=[model.conv1])
+    parameters = kind(kind.Mode.auto, automatic)
 
     def score(net: nn.Module, iterations: int, use_cuda: bool = False) -> float:
         return accuracy(net, torch.cat(given.batches), given.labels)
