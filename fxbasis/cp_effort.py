@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 __all__ = ["default_starts", "default_sweeps"]
 
-WORK = 60e9  # multiply-adds that a group's sweeps may take together
+WORK = 40e9  # multiply-adds that a group's sweeps may take together
 SPARE = 10e9  # and those that all sweeps may take together where there are several starts
 OVERHEAD = 200_000  # what starting a sweep of a small block costs, in multiply-adds
 
