@@ -25,7 +25,7 @@ __all__ = ["LayerStatistics", "against", "by_image", "collect", "inner_products"
 
 WIDE = 1024
 LEAST = 64  # positions sampled of an image
-CHUNK = 1 << 24  # numbers of patches that are unfolded at once
+CHUNK = 1 << 21  # numbers of patches that are unfolded at once; 8 MB stay in the cache
 
 
 @dataclass
