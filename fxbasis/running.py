@@ -121,6 +121,30 @@ def run(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = Fal
         return call(model, example_inputs)
 
 
+def train_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """One forward and backward pass in train(), of the sum of all outputs, from a fixed random state.
+
+    Modes and RNG are restored; parameters have gradients, and buffers are the caller's affair.
+
+    Raises:
+        InputError: when either pass fails, or when no output depends on a parameter that is trained.
+    """
+    with torch.enable_grad(), seeded(), in_mode(model, True):
+        found = tensors_of(call(model, example_inputs))
+        outputs = [tensor for tensor in found if tensor.requires_grad]
+        if not outputs:
+            raise InputError(
+                f"no output of {type(model).__name__} in train() has a gradient; set requires_grad of the "
+                "parameters that are trained"
+            )
+        try:
+            torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
+        except RuntimeError as error:
+            raise InputError(
+                f"the backward pass of {type(model).__name__} failed: {error}; make it trainable"
+            ) from error
+
+
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The model's answer to a copy of the inputs, which it may change; its failure as an InputError.
 

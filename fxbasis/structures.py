@@ -31,7 +31,7 @@ Counting convention: see ``costs``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
@@ -209,25 +209,27 @@ def training_macs(
     batch: int = 1,
     *,
     input_gradient: bool = True,
-    fixed_basis: bool = False,
+    trained: Sequence[bool] = (),
 ) -> int:
     """MACs of a forward and a backward pass, as autograd does them.
 
-    Every step costs its forward MACs once more for the gradient of its input, and once more for that of its
-    weight. The first step has none of the former when its input needs no gradient, and none of the latter
-    when the basis is fixed; with neither, nothing goes back through it.
+    Every step costs its forward MACs once more for the gradient of its input, where that or an earlier step
+    needs one, and once more for that of its weight, where that is ``trained``; empty: all are. A basis that
+    is fixed (BasisConv) is ``(False, True)``.
 
     >>> shape, size = ConvShape(64, 64, (3, 3)), (56, 56)
     >>> training_macs("output", shape, (32,), size, size) == 3 * form_macs("output", shape, (32,), size, size)
     True
     """
     macs = _macs_of_steps(form, shape, ranks, output_size, input_size, batch)
-    saved = macs[0] * (not input_gradient)
-    if fixed_basis and not input_gradient and form != "weight":  # nothing goes back through the first step
-        saved += macs[1]
-    if form == "weight":  # dense, and the product, of which a fixed basis takes one of two gradients
-        return 3 * sum(macs) - saved - macs[1] * fixed_basis
-    return 3 * sum(macs) - saved - macs[0] * fixed_basis
+    learns = list(trained) or [True] * len(macs)
+    if form == "weight":  # dense, and the product of its two factors
+        return macs[0] * (1 + input_gradient + any(learns)) + macs[1] * (1 + sum(learns))
+    total, gradient = 0, input_gradient
+    for work, learning in zip(macs, learns, strict=True):
+        total += work * (1 + gradient + learning)
+        gradient = gradient or learning
+    return total
 
 
 def saved_activations(

@@ -132,13 +132,16 @@ def _fold(options: argparse.Namespace) -> Result:
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_compressed(parser)
+    parser.add_argument(
+        "--training", action="store_true", help="count a training step: a forward and a backward pass"
+    )
 
 
 def _profile(options: argparse.Namespace) -> Result:
     from .passes.profiling import profile
 
     model, small, example = load_pair(options)
-    found = profile(small if small is not None else model, example)
+    found = profile(small if small is not None else model, example, training=options.training)
     return Result(str(found), found.to_dict())
 
 

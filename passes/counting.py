@@ -1,9 +1,11 @@
 """Counting multiply-adds from the ATen operations that run, by module and by graph node.
 
 The count looks at the tensors of each operation and knows nothing of layers, forms or ranks. Convolutions
-are counted here (weight times output positions, groups included); matrix products and attention by
-PyTorch's own registry of formulas. Products entry by entry are counted inside of a ``ReducedComposition``,
-which is made of them, and nowhere else.
+are counted here (weight times output positions, groups included; PyTorch's registry counts the gradient of a
+grouped weight as many times as it has groups); matrix products and attention by PyTorch's own registry of
+formulas. Products entry by entry are counted inside of a ``ReducedComposition``, which is made of them, and
+nowhere else. What runs backward belongs to the module in which autograd noted it: both have one sequence
+number.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..compositions import ReducedComposition
-from ..running import ExampleInputs, run, tensors_of
+from ..running import ExampleInputs, run, tensors_of, train_once
 from .base import MACS
 
 __all__ = ["MacCounter", "count_macs"]
 
 _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution}
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
 _NO_WORK = {"aten.empty", "aten.clone", "aten.copy_", "aten._to_copy", "aten.zeros", "aten.ones", "aten.full"}
 
 
@@ -37,6 +40,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scopes: list[str] = [""]
+        self.noted: dict[int, str] = {}
         self.of_products: set[str] = set()
         self.macs: Counter[str] = Counter()
         self.activations: Counter[str] = Counter()
@@ -45,15 +49,24 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count it."""
         output = func(*args, **(kwargs or {}))
+        scope, backward = self._place()
         macs = _macs(func._overloadpacket, args, kwargs or {}, output)
-        if self.scopes[-1] in self.of_products and func._overloadpacket is torch.ops.aten.mul:
+        if scope in self.of_products and func._overloadpacket is torch.ops.aten.mul:
             macs = output.numel()
         if macs is not None:
-            self.macs[self.scopes[-1]] += macs
-            self.activations[self.scopes[-1]] += sum(tensor.numel() for tensor in tensors_of(output))
+            self.macs[scope] += macs
+            self.activations[scope] += 0 if backward else sum(part.numel() for part in tensors_of(output))
         elif not func.is_view and str(func._overloadpacket) not in _NO_WORK and tensors_of(output):
             self.uncounted[str(func._overloadpacket)] += 1
         return output
+
+    def _place(self) -> tuple[str, bool]:
+        """The scope of the operation, and whether it runs backward; checkpoints call modules meanwhile."""
+        node = torch._C._current_autograd_node()
+        if node is not None and len(self.scopes) == 1:
+            return self.noted.get(node._sequence_nr(), ""), True
+        self.noted.setdefault(torch._C._autograd._get_sequence_nr() - 1, self.scopes[-1])
+        return self.scopes[-1], False
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -76,7 +89,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.of_products.add(name)
             if name and not isinstance(module, torch.jit.ScriptModule):  # some of those take no hooks
                 module.register_forward_pre_hook(enter)
-                module.register_forward_hook(leave)
+                module.register_forward_hook(leave, always_call=True)  # a checkpoint stops where it can
 
 
 def _macs(operation: Any, args: Any, kwargs: Any, output: Any) -> int | None:
@@ -84,13 +97,20 @@ def _macs(operation: Any, args: Any, kwargs: Any, output: Any) -> int | None:
         transposed = args[6]
         positions = args[0] if transposed else output
         return int(positions.numel() * prod(args[1].shape[1:]))
+    if operation is _CONVOLUTION_BACKWARD:
+        gradient, given, weight, wanted = args[0], args[1], args[2], args[10]
+        positions = given if args[7] else gradient
+        return int(positions.numel() * prod(weight.shape[1:]) * (wanted[0] + wanted[1]))
     if operation in flop_registry:
         return int(flop_registry[operation](*args, **kwargs, out_val=output)) // 2
     return None
 
 
-def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacCounter:
-    """Run a copy that may be marked: MACs by module, and in ``node.meta[MACS]`` of a graph."""
+def count_macs(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> MacCounter:
+    """Run a copy that may be marked: MACs by module, and in ``node.meta[MACS]`` of a graph.
+
+    With ``training`` a forward and a backward pass in train(), and the former alone in ``node.meta``.
+    """
     counter = MacCounter()
     runner = model
     if isinstance(model, fx.GraphModule):
@@ -99,7 +119,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> MacCounter:
         runner = _ByNode(model, counter)
     counter.attach(model)
     with counter:
-        run(runner, example_inputs)
+        (train_once if training else run)(runner, example_inputs)
     return counter
 
 

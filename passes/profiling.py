@@ -1,7 +1,8 @@
 """``profile``: the work of each layer, counted from the operations that ran, beside the closed form.
 
 Counting convention: MACs, one for each multiply-add of a convolution or matrix product, for the example
-inputs as given (batch included); FLOPs = 2 x MACs. Elementwise work (but the copies and sums of the reduced
+inputs as given (batch included), of one forward pass, or of a training step (forward and backward, without
+the optimizer's); FLOPs = 2 x MACs. Elementwise work (but the copies and sums of the reduced
 form), normalisation, pooling and bias additions are not counted; every operation that ran and was not counted
 is listed in ``uncounted``.
 
@@ -11,9 +12,8 @@ The count comes from ``counting`` and knows nothing of layers, forms or ranks; t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
@@ -21,185 +21,55 @@ from torch import fx, nn
 from ..costs import dense_macs, dense_params
 from ..forms import BasisConv2d
 from ..recipe import LayerPlan
-from ..running import ExampleInputs, batch_size, copy_to_run
+from ..running import ExampleInputs, batch_size, copy_model, copy_to_run
 from ..structures import break_even_rank
-from ..tables import aligned
 from .base import MACS, FxPass
 from .counting import MacCounter, count_macs
 from .numbering import ConvRecord, conv_layers, number_convs
+from .profiles import LayerProfile, Profile
+from .training_steps import note_training, training_work
 
 __all__ = ["LayerProfile", "Profile", "ProfilePass", "profile"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerProfile:
-    """One layer: MACs for the whole batch, parameters, and elements of the outputs it makes.
-
-    Attributes:
-        number: the convolution's number; None for another layer.
-        name, kind, shape, form, ranks: what it is; shape is that of its dense weight; form is ``dense``
-            and without ranks for a convolution left alone.
-        macs_before, params_before, activations_before: of the dense layer, by the closed form.
-        macs, params: of the layer as it is, by the closed form.
-        counted: MACs counted from the operations that ran.
-        activations: elements of all its outputs, the basis convolution's included.
-        break_even_rank: R*, below which its form (the output form, if dense) is cheaper than dense; None for
-            forms with several ranks.
-        note: why it is left dense, or a remark.
-    """
-
-    number: int | None
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    form: str
-    ranks: tuple[int, ...]
-    macs_before: int
-    macs: int
-    counted: int
-    params_before: int
-    params: int
-    activations_before: int
-    activations: int
-    break_even_rank: float | None
-    note: str
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Work and size of a model, layer by layer. Prints as a table.
-
-    Attributes:
-        layers: convolutions in the order of their numbers, then every other layer with counted work.
-        batch: samples in the example inputs, over which MACs and activations are summed.
-        params, params_before: of the whole model, shared ones once.
-        uncounted: how often each operation ran that is not counted.
-    """
-
-    layers: tuple[LayerProfile, ...]
-    batch: int
-    params: int
-    params_before: int
-    uncounted: Counter[str]
-
-    @property
-    def macs(self) -> int:
-        """MACs of the model as it is, by the closed forms."""
-        return sum(layer.macs for layer in self.layers)
-
-    @property
-    def macs_before(self) -> int:
-        """MACs of the model with every convolution dense."""
-        return sum(layer.macs_before for layer in self.layers)
-
-    @property
-    def counted(self) -> int:
-        """MACs counted from the operations that ran."""
-        return sum(layer.counted for layer in self.layers)
-
-    @property
-    def convs(self) -> tuple[LayerProfile, ...]:
-        """The numbered convolutions."""
-        return tuple(layer for layer in self.layers if layer.number is not None)
-
-    @property
-    def conv_ratio(self) -> float:
-        """MACs of all convolutions as they are over those of the dense ones; 1 without any."""
-        before = sum(layer.macs_before for layer in self.convs)
-        return sum(layer.macs for layer in self.convs) / before if before else 1.0
-
-    @property
-    def disagreements(self) -> tuple[LayerProfile, ...]:
-        """Layers whose count is not their formula; empty in every case that is understood."""
-        return tuple(layer for layer in self.layers if layer.counted != layer.macs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: totals, one dict for each layer, and what was not counted."""
-        totals = ("macs_before", "macs", "counted", "conv_ratio", "params_before", "params", "batch")
-        return {
-            "unit": "MACs (FLOPs = 2 x MACs), whole batch",
-            **{name: getattr(self, name) for name in totals},
-            "layers": [asdict(layer) for layer in self.layers],
-            "uncounted": dict(self.uncounted),
-        }
-
-    def table(self, tablefmt: str = "simple") -> str:
-        """The layers as text; ``tablefmt`` is one of tabulate's, for example ``"github"``."""
-        rows = [_row(layer) for layer in self.layers]
-        return aligned(rows, _HEADERS, left=("name", "kind", "form", "note"), tablefmt=tablefmt)
-
-    def __str__(self) -> str:
-        lines = [self.table(), "", self.summary()]
-        if self.uncounted:
-            parts = ", ".join(f"{name} x{count}" for name, count in self.uncounted.most_common())
-            lines.append(f"not counted: {parts}")
-        return "\n".join(lines)
-
-    def summary(self) -> str:
-        """Totals in one line, with the convention."""
-        agree = "formula = count" if not self.disagreements else "FORMULA DIFFERS FROM COUNT"
-        return (
-            f"MACs {self.macs_before:,} -> {self.macs:,} ({_ratio(self.macs, self.macs_before)}; "
-            f"convolutions {self.conv_ratio:.3f}; batch {self.batch}; FLOPs = 2 x MACs; {agree}), parameters "
-            f"{self.params_before:,} -> {self.params:,} ({_ratio(self.params, self.params_before)})"
-        )
-
-
-_HEADERS = (
-    *("#", "name", "kind", "weight", "form", "rank", "R*", "MACs before", "MACs formula", "MACs counted"),
-    *("ratio", "params before", "params", "note"),
-)
-
-
-def _ratio(after: int, before: int) -> str:
-    return f"{after / before:.3f}" if before else "-"
-
-
-def _row(layer: LayerProfile) -> list[str]:
-    return [
-        "" if layer.number is None else str(layer.number),
-        layer.name,
-        layer.kind,
-        "x".join(map(str, layer.shape)),
-        layer.form,
-        ", ".join(map(str, layer.ranks)),
-        "" if layer.break_even_rank is None else f"{layer.break_even_rank:.1f}",
-        f"{layer.macs_before:,}",
-        f"{layer.macs:,}",
-        f"{layer.counted:,}",
-        _ratio(layer.macs, layer.macs_before),
-        f"{layer.params_before:,}",
-        f"{layer.params:,}",
-        layer.note,
-    ]
-
-
-def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
+def profile(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Profile:
     """Count the work of a model on the example inputs, before and after compression.
 
-    The model runs once in eval() on a copy; it is not touched.
+    The model runs once on a copy; it is not touched.
 
     Args:
         model: any nn.Module, compressed or not.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        training: count a forward and a backward pass in train() instead of a forward pass in eval().
+            Parameters without ``requires_grad``, such as a fixed basis, have no gradient, and the inputs
+            have none.
 
     Raises:
         InputError: when the model fails on the inputs.
 
     >>> import torch
-    >>> found = profile(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(1, 3, 8, 8))
+    >>> net, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(1, 3, 8, 8)
+    >>> found = profile(net, example)
     >>> found.macs, found.counted, found.params, dict(found.uncounted)
     (7776, 7776, 224, {'aten.relu': 1})
+    >>> profile(net, example, training=True).counted  # the first layer's input needs no gradient
+    15552
     """
-    copied = copy_to_run(model)
-    table = number_convs(copied, example_inputs)
-    counter = count_macs(copied, example_inputs)
+    copied = copy_model(model) if training else copy_to_run(model)  # a backward pass would give it gradients
+    table, found = number_convs(copied, example_inputs), conv_layers(copied)
+    calls = note_training(found) if training else {}
+    counter = count_macs(copied, example_inputs, training=training)
     layers = [_conv_profile(record, layer, counter) for record, layer in _with_layers(table, copied)]
-    scopes = {scope for found in conv_layers(copied).items() for scope in _scopes(*found)}
-    layers += _others(copied, counter, scopes)
+    if training:
+        layers = [
+            _of_training(row, training_work(found[row.name], record.shape, calls[row.name]))
+            for row, record in zip(layers, table, strict=True)
+        ]
+    layers += _others(copied, counter, {scope for pair in found.items() for scope in _scopes(*pair)})
     params = sum(parameter.numel() for parameter in copied.parameters())
     saved = sum(layer.params_before - layer.params for layer in layers)
-    return Profile(tuple(layers), batch_size(example_inputs), params, params + saved, counter.uncounted)
+    uncounted = counter.uncounted
+    return Profile(tuple(layers), batch_size(example_inputs), params, params + saved, uncounted, training)
 
 
 class ProfilePass(FxPass):
@@ -245,6 +115,10 @@ def _conv_profile(record: ConvRecord, layer: nn.Conv2d | BasisConv2d, counter: M
         break_even_rank=_break_even(record, plan),
         note=plan.reason if plan else record.reason,
     )
+
+
+def _of_training(layer: LayerProfile, macs: tuple[int, int]) -> LayerProfile:
+    return replace(layer, macs_before=macs[0], macs=macs[1])
 
 
 def _break_even(record: ConvRecord, plan: LayerPlan | None) -> float | None:

@@ -360,6 +360,14 @@ def test_profile_before_and_after(run: Run, net: str, done: Path) -> None:
     assert "formula = count" in text
 
 
+def test_profile_of_a_training_step(run: Run, net: str, done: Path) -> None:
+    code, text, err = run("profile", net, "--input", "4x3x8x8", "--compressed", done, "--training", "--json")
+    assert (code, err) == (0, "")
+    step = json.loads(text)
+    code, text, _ = run("profile", net, "--input", "4x3x8x8", "--compressed", done, "--json")
+    assert 2 * json.loads(text)["macs"] < step["macs"] == step["counted"] < step["macs_before"]
+
+
 def test_export_and_measure_the_files(run: Run, net: str, done: Path, tmp_path: Path) -> None:
     file = tmp_path / "small.onnx"
     code, text, err = run(

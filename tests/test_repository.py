@@ -70,6 +70,8 @@ LAYERS = {
         "passes.folding",
         "passes.converting",
         "passes.counting",
+        "passes.training_steps",
+        "passes.profiles",
         "passes.profiling",
         "passes",
         "export.checking",

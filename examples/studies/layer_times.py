@@ -56,8 +56,9 @@ def main() -> None:
     options = parser.parse_args()
     before, rows = os.getloadavg()[0], []
     for sizes in LAYERS:
-        rows += rows_of(*sizes, options.repeats)
-        print("\n".join(rows[-2 * len(FORMS) :]), flush=True)
+        found = rows_of(*sizes, options.repeats)
+        print("\n".join(found), flush=True)
+        rows += found
     facts = {"runtime": runtime(), "torch": torch.__version__, "processor": processor()}
     facts |= {"processors": str(os.cpu_count()), "repeats": str(options.repeats)}
     text = HEAD.format(before=f"{before:.1f}", after=f"{os.getloadavg()[0]:.1f}", **facts)
