@@ -3,13 +3,14 @@
 The sum over layers misjudges a whole model by some per cent (layouts, fusions, what lies between), so it only
 leads: each plan is exported and measured in turns with the original, and the next one aims between the
 nearest of those tried. Where there are other budgets, the best plan for them alone is measured first; no
-layer is timed if it keeps the time.
+layer is timed if it keeps the time. A plan beyond the range of sums is chosen once more, in rounds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from .export.layer_times import layer_ms
 from .export.measuring import measure
 from .passes.records import ConvRecord
 from .recipe import DENSE, Plan
+from .relinearising import beyond_range, in_rounds, relinearised
 from .sensitivities import Sensitivities
 from .structures import Ranks
 from .subjects import Subject, built
@@ -47,15 +49,15 @@ def planned_by_time(
     Raises:
         PlanError: where none of the plans tried was, with the least time that was measured.
     """
-    weights = {(one.layer.name, one.layer.form, one.layer.ranks): w for f in fitted.values() for one, w in f}
+    search = _Search(subject, fitted, table, asked, combine, threads)
     others = {name: limit for name, limit in asked.items() if name != "latency"}
     if others:
-        found = planned(subject, table, others, combine)
-        ratio = _measured(subject, found, weights, threads)
+        found = in_rounds(subject, fitted, table, combine, lambda t: planned(subject, t, others, combine))
+        ratio = search.measured(found)
         if ratio <= asked["latency"] * MARGIN:
             return _with_time(found, asked, ratio)
     try:
-        return _best(_tried(subject, weights, table, asked, combine, threads), asked)
+        return search.refined(search.best())
     except PlanError as error:
         if not others:
             raise
@@ -70,31 +72,81 @@ def _listed(limits: Mapping[str, float]) -> str:
     return ", ".join(f"{name}={limit}" for name, limit in limits.items())
 
 
-def _tried(
-    subject: Subject,
-    weights: Mapping[tuple[str, str, Ranks], Mapping[str, Tensor]],
-    table: Sensitivities,
-    asked: Mapping[str, float],
-    combine: str,
-    threads: int,
-) -> list[tuple[float, Plan]]:
-    """Plans for times around the one asked for, each with the ratio that was measured."""
-    times, budget = _times_of(threads), asked["latency"]
-    totals = _timed(subject, times, threads)
-    floor = totals.least(candidates_of(subject, table, ["latency"], times), "latency")
-    tried: list[tuple[float, Plan]] = []
-    points = [(1.0, 1.0)]  # aim and ratio; the original is one
-    aim = budget * MARGIN
-    for _ in range(ROUNDS):
-        limits = {**asked, "latency": max(floor, min(aim, 1.0))}
-        found = planned(subject, table, limits, combine, totals, times)
-        ratio = _measured(subject, found, weights, threads)
-        tried.append((ratio, found))
-        if budget * (MARGIN - CLOSE) <= ratio <= budget * MARGIN or (aim <= floor and ratio > budget):
-            break
-        points.append((aim, ratio))
-        aim = _aim_for(budget * (MARGIN - CLOSE / 3), points)
-    return tried
+@dataclass(frozen=True)
+class _Try:
+    """A plan, the time of the sum over layers that it was chosen for, and the one that was measured."""
+
+    plan: Plan
+    aim: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Plans for times around the one asked for."""
+
+    subject: Subject
+    fitted: Mapping[str, Sequence[Fitted]]
+    table: Sensitivities
+    asked: Mapping[str, float]
+    combine: str
+    threads: int
+
+    @cached_property
+    def times(self) -> Times:
+        return _times_of(self.threads)
+
+    @cached_property
+    def totals(self) -> Totals:
+        return _timed(self.subject, self.times, self.threads)
+
+    def plan(self, table: Sensitivities, aim: float) -> Plan:
+        limits = {**self.asked, "latency": aim}
+        return planned(self.subject, table, limits, self.combine, self.totals, self.times)
+
+    def measured(self, plan: Plan) -> float:
+        weights = {one.layer.key: steps for found in self.fitted.values() for one, steps in found}
+        return _measured(self.subject, plan, weights, self.threads)
+
+    def tried(self) -> list[_Try]:
+        """Each plan aims between the nearest of those before it."""
+        layers, budget = (
+            candidates_of(self.subject, self.table, ["latency"], self.times),
+            self.asked["latency"],
+        )
+        floor, aim = self.totals.least(layers, "latency"), budget * MARGIN
+        found: list[_Try] = []
+        for _ in range(ROUNDS):
+            made = self.plan(self.table, max(floor, min(aim, 1.0)))
+            found.append(_Try(made, max(floor, min(aim, 1.0)), self.measured(made)))
+            ratio = found[-1].ratio
+            if budget * (MARGIN - CLOSE) <= ratio <= budget * MARGIN or (aim <= floor and ratio > budget):
+                break
+            points = [(1.0, 1.0), *((one.aim, one.ratio) for one in found)]  # the original is one
+            aim = _aim_for(budget * (MARGIN - CLOSE / 3), points)
+        return found
+
+    def best(self) -> _Try:
+        """Of the plans that were measured within the time, that of the least predicted change."""
+        found, limit = self.tried(), self.asked["latency"]
+        within = [one for one in found if one.ratio <= limit * MARGIN]
+        if not within:
+            least = min(one.ratio for one in found)
+            raise PlanError(
+                f"latency={limit}: no plan was measured within {MARGIN} of it; the fastest took "
+                f"{least:.3f} of the original's time: raise it, or allow more forms or layers"
+            )
+        return min(within, key=lambda one: (one.plan.forecast["change"], one.ratio))
+
+    def refined(self, best: _Try) -> Plan:
+        """The plan in rounds for the same sum over layers, where that is called for and keeps the time."""
+        if beyond_range(best.plan, self.combine):
+            choose = partial(self.plan, aim=best.aim)
+            found = relinearised(self.subject, self.fitted, self.table, choose)
+            ratio = self.measured(found)
+            if ratio <= self.asked["latency"] * MARGIN:
+                return _with_time(found, self.asked, ratio)
+        return _with_time(best.plan, self.asked, best.ratio)
 
 
 def _aim_for(target: float, points: Sequence[tuple[float, float]]) -> float:
@@ -106,19 +158,6 @@ def _aim_for(target: float, points: Sequence[tuple[float, float]]) -> float:
     low, low_ratio = max(under, key=lambda point: point[1])
     high, high_ratio = min((point for point in points if point[1] > target), key=lambda point: point[1])
     return low + (high - low) * (target - low_ratio) / (high_ratio - low_ratio)
-
-
-def _best(tried: Sequence[tuple[float, Plan]], asked: Mapping[str, float]) -> Plan:
-    """Of the plans that were measured within the time, that of the least predicted change."""
-    within = [pair for pair in tried if pair[0] <= asked["latency"] * MARGIN]
-    if not within:
-        least = min(ratio for ratio, _ in tried)
-        raise PlanError(
-            f"latency={asked['latency']}: no plan was measured within {MARGIN} of it; the fastest took "
-            f"{least:.3f} of the original's time: raise it, or allow more forms or layers"
-        )
-    ratio, found = min(within, key=lambda pair: (pair[1].forecast["change"], pair[0]))
-    return _with_time(found, asked, ratio)
 
 
 def _with_time(found: Plan, asked: Mapping[str, float], ratio: float) -> Plan:
@@ -149,7 +188,7 @@ def _measured(
     subject: Subject, plan: Plan, weights: Mapping[tuple[str, str, Ranks], Mapping[str, Tensor]], threads: int
 ) -> float:
     """Time of the model under a plan over that of the original, measured in turns."""
-    chosen = {layer.name: weights[layer.name, layer.form, layer.ranks] for layer in plan.compressed}
+    chosen = {layer.name: weights[layer.key] for layer in plan.compressed}
     small = built(subject.model, plan, chosen)
     both = measure({"original": subject.model, "small": small}, subject.example, runs=RUNS, threads=threads)
     return both["small"].ratio_to(both["original"])

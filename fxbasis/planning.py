@@ -3,8 +3,8 @@
 The predicted changes of single layers (``sensitivities``, made monotone) are added up, and the best choice
 is found exactly (``solvers``); leaving a layer dense is always among its candidates, so that no plan is
 predicted worse or dearer than the model. Sums hold up to about 0.3 nats. Beyond, plans by the fisher estimate
-for budgets of MACs and parameters are chosen in rounds (``relinearising``); others are ranked by sums that
-promise too little change.
+within budgets are chosen in rounds (``relinearising``); others are ranked by sums that promise too little
+change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .latency import planned_by_time
 from .passes.selection import Layers
 from .proposals import PROPOSED
 from .recipe import Plan
-from .relinearising import RANGE, relinearised
+from .relinearising import in_rounds
 from .running import ExampleInputs
 from .sensitivities import Sensitivities, estimated, estimator_for, fitted_all, proposed
 from .subjects import Subject, subject_of
@@ -179,13 +179,8 @@ class ParetoFront:
         """
         if "latency" in asked:
             return planned_by_time(self.subject, self.fitted, self.table, asked, combine, threads)
-        found = self._planned(self.table, asked, combine)
-        far = found.forecast["change"] > RANGE and "max_drop" not in asked and combine == "sum"
-        if not (far and self.table.estimator == "fisher"):
-            return found
-        return relinearised(
-            self.subject, self.fitted, self.table, lambda table: self._planned(table, asked, combine)
-        )
+        choose = partial(self._planned, asked=asked, combine=combine)
+        return in_rounds(self.subject, self.fitted, self.table, combine, choose)
 
     def _planned(self, table: Sensitivities, asked: Mapping[str, float], combine: str) -> Plan:
         return planned(self.subject, table, asked, combine, self.totals)

@@ -68,6 +68,11 @@ class LayerPlan:
         return self.form != DENSE
 
     @property
+    def key(self) -> tuple[str, str, tuple[int, ...]]:
+        """What tells it from the others that a layer of one model could be."""
+        return self.name, self.form, self.ranks
+
+    @property
     def rank(self) -> int:
         """The first rank, of most forms the only one: the number of basis convolutions; 0 when dense."""
         return self.ranks[0] if self.ranks else 0

@@ -5,13 +5,15 @@ from it neither holds. So the model of a plan of more than ``RANGE`` is built, a
 layer judged in its place there: by the mean inner product of its shift with the gradient of the change, and
 half the mean square of that with the gradient of the probe, as in ``statistics``; one forward and two
 backward passes for all. The mean of all tables so far chooses the next plan, until one measures no better.
+
+Only sums of the fisher estimate within a budget go that far: a largest change is met by the sum itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +24,36 @@ from .estimating import Fitted
 from .forms import BasisConv2d
 from .passes.numbering import conv_layers
 from .proposals import shift_of
-from .recipe import LayerPlan, Plan
+from .recipe import Plan
 from .running import ExampleInputs, batch_size, call, in_mode, run, seeded
 from .sensitivities import Sensitivities
 from .statistics import against, by_image, observed
 from .subjects import IMAGES, Subject, built, first_images, take_off_
 
-__all__ = ["RANGE", "relinearised"]
+__all__ = ["RANGE", "beyond_range", "in_rounds", "relinearised"]
 
 RANGE = 0.3
 """Nats up to which the changes by single layers add up to that of the model."""
 ROUNDS = 3
-Key: TypeAlias = tuple[str, str, tuple[int, ...]]
+
+
+def beyond_range(plan: Plan, combine: str = "sum") -> bool:
+    """Whether a plan is so far from the model that its predicted change should be looked at again."""
+    forecast = plan.forecast
+    additive = combine == "sum" and forecast["estimator"] == "fisher" and "max_drop" not in forecast["asked"]
+    return additive and forecast["change"] > RANGE
+
+
+def in_rounds(
+    subject: Subject,
+    fitted: Mapping[str, Sequence[Fitted]],
+    table: Sensitivities,
+    combine: str,
+    choose: Callable[[Sensitivities], Plan],
+) -> Plan:
+    """The plan that ``choose`` makes of the table, or where that is far from the model, ``relinearised``."""
+    found = choose(table)
+    return relinearised(subject, fitted, table, choose) if beyond_range(found, combine) else found
 
 
 def relinearised(
@@ -78,13 +98,9 @@ def _mean(tables: Sequence[Sensitivities]) -> Sensitivities:
 
 
 def _predicted(table: Sensitivities, plan: Plan) -> dict[str, float]:
-    chosen = {_key(layer) for layer in plan.compressed}
-    rows = [row for row in table if _key(row.layer) in chosen]
+    chosen = {layer.key for layer in plan.compressed}
+    rows = [row for row in table if row.layer.key in chosen]
     return {"change": sum(row.change for row in rows), "error": sum(row.error**2 for row in rows) ** 0.5}
-
-
-def _key(layer: LayerPlan) -> Key:
-    return layer.name, layer.form, layer.ranks
 
 
 class _About:
@@ -94,8 +110,8 @@ class _About:
         self.subject = subject
         self.batches = tuple(first_images(subject.batches, IMAGES))
         self.expected = [run(subject.model, batch) for batch in self.batches]
-        self.keys = {name: [_key(one.layer) for one, _ in found] for name, found in fitted.items() if found}
-        self.weights = {_key(one.layer): weights for found in fitted.values() for one, weights in found}
+        self.keys = {name: [one.layer.key for one, _ in found] for name, found in fitted.items() if found}
+        self.weights = {one.layer.key: weights for found in fitted.values() for one, weights in found}
         self.shifts = {
             name: torch.stack([shift_of(one, subject.weight(name), weights) for one, weights in fitted[name]])
             for name in self.keys
@@ -105,12 +121,12 @@ class _About:
         """The shift that each layer's weight has under a plan; zero where it is dense."""
         found = {name: torch.zeros_like(shifts[0]) for name, shifts in self.shifts.items()}
         for layer in plan.compressed:
-            found[layer.name] = self.shifts[layer.name][self.keys[layer.name].index(_key(layer))]
+            found[layer.name] = self.shifts[layer.name][self.keys[layer.name].index(layer.key)]
         return found
 
     def model(self, plan: Plan) -> nn.Module:
         """The traced model under a plan, its layers fitted each by itself."""
-        weights = {layer.name: self.weights[_key(layer)] for layer in plan.compressed}
+        weights = {layer.name: self.weights[layer.key] for layer in plan.compressed}
         small, now = built(self.subject.model, plan, weights), self.now(plan)
         for name in weights:
             constant = self.subject.constant(name, now[name])
@@ -127,11 +143,11 @@ class _About:
         now = self.now(plan)
         ways = {n: torch.cat([-now[n][None], shifts - now[n]]) for n, shifts in self.shifts.items()}
         first, second = self._products(self.model(plan), ways)
-        found: dict[Key, float] = {}
+        found: dict[tuple[str, str, tuple[int, ...]], float] = {}
         for name, keys in self.keys.items():
             changes = first[name].mean(0) + 0.5 * second[name].square().mean(0)
             found |= zip(keys, (changes[1:] - changes[0]).tolist(), strict=True)
-        return replace(table, rows=tuple(replace(row, change=found[_key(row.layer)]) for row in table))
+        return replace(table, rows=tuple(replace(row, change=found[row.layer.key]) for row in table))
 
     def _products(self, small: nn.Module, ways: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """By layer (images, n): the shifts against the gradients of the change, and of the probe."""

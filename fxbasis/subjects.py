@@ -94,6 +94,8 @@ class Subject:
     def _collected(self) -> dict[str, LayerStatistics]:
         batches = first_images(self.batches, IMAGES)
         found = collect(self.model, self.layers, batches, gradients=self.comparable)
+        for name, norm in {} if self.comparable else self.norms.items():
+            found[name].metric = _scale_of(cast(nn.BatchNorm2d, self.model.get_submodule(norm)))
         for name, one in found.items():
             if not all(bool(sums.isfinite().all()) for sums in (one.mean, one.moment, one.metric)):
                 what = "its inputs or gradients on the calibration data are NaN or infinite"
@@ -128,6 +130,13 @@ class Subject:
         for batch in self.batches:
             found.update(b"".join(map(_bytes, tensors_of(batch))))
         return found.hexdigest()
+
+
+def _scale_of(norm: nn.BatchNorm2d) -> Tensor:
+    """(C, C), the metric in which an error counts as after the BatchNorm: diag(gamma^2 / (var + eps))."""
+    scale = cast(Tensor, norm.running_var).double().cpu() + norm.eps
+    gain = torch.ones_like(scale) if norm.weight is None else norm.weight.detach().double().cpu()
+    return torch.diag(gain.square() / scale)
 
 
 def _bytes(tensor: Tensor) -> bytes:

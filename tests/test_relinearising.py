@@ -9,7 +9,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+import fxbasis.latency
 from fxbasis import compress, plan_of
+from fxbasis.choices import Totals, totals_of
 from fxbasis.planning import ParetoFront, pareto
 from fxbasis.promises import promised
 from fxbasis.recipe import Plan
@@ -77,6 +79,58 @@ def test_small_changes_and_other_rules_take_no_rounds() -> None:
     front = front_of(nn.ReLU())
     assert "rounds" not in front.within({"macs": 0.95}).forecast
     assert "rounds" not in front.within({"max_drop": 5.0}).forecast
+
+
+def timed_by_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that follow the ranks, and whole models that take what their layers do."""
+
+    def layer_ms(record: Any, form: str, ranks: Any, threads: int) -> float:
+        return float(record.macs) * (1.0 if form == "dense" else sum(ranks) / record.out_channels)
+
+    monkeypatch.setattr(fxbasis.latency, "layer_ms", layer_ms)
+    monkeypatch.setattr(fxbasis.latency, "_timed", timed)
+    monkeypatch.setattr(fxbasis.latency, "_measured", lambda _, plan, *rest: plan.forecast["latency"])
+
+
+def timed(subject: Any, times: Any, threads: int) -> Totals:
+    convs = sum(times(record, "dense", ()) for record in subject.table)
+    totals = totals_of(subject)
+    return Totals({**totals.whole, "latency": convs}, {**totals.fixed, "latency": 0.0})
+
+
+def test_budgets_of_time_take_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = front_of(nn.ReLU())
+    timed_by_work(monkeypatch)
+    found, about = front.within({"latency": 0.15}), _About(front.subject, front.fitted)
+    assert found.forecast["rounds"] >= 1
+    assert found.forecast["measured latency"] <= 0.15
+    assert found.forecast["measured change"] == pytest.approx(about.change(found), rel=1e-6)
+    monkeypatch.setattr(fxbasis.latency, "beyond_range", lambda *_: False)
+    alone = front.within({"latency": 0.15})
+    assert "rounds" not in alone.forecast
+    assert found.forecast["measured change"] <= about.change(alone)
+
+
+def test_rounds_that_miss_the_time_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = front_of(nn.ReLU())
+    timed_by_work(monkeypatch)
+
+    def slower(subject: Any, plan: Plan, *rest: Any) -> float:
+        return float(plan.forecast["latency"]) * (1.2 if "rounds" in plan.forecast else 1)
+
+    monkeypatch.setattr(fxbasis.latency, "_measured", slower)
+    found = front.within({"latency": 0.15})
+    assert "rounds" not in found.forecast
+    assert found.forecast["measured latency"] <= 0.15
+
+
+def test_another_budget_beside_that_of_time_takes_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    front = front_of(nn.ReLU())
+    timed_by_work(monkeypatch)
+    monkeypatch.setattr(fxbasis.latency, "_measured", lambda *_: 0.5)
+    both, alone = front.within({"macs": 0.2, "latency": 1.0}), front.within({"macs": 0.2})
+    assert both.layers == alone.layers
+    assert both.forecast["rounds"] == alone.forecast["rounds"] >= 1
 
 
 def test_a_compressed_model_tells_its_rounds() -> None:
