@@ -80,17 +80,7 @@ def _for_kernel(record: ConvRecord, form: str) -> str:
 
 
 def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal:
-    layer = LayerPlan(
-        number=record.index,
-        name=record.name,
-        in_channels=record.in_channels,
-        out_channels=record.out_channels,
-        kernel_size=record.kernel_size,
-        groups=record.groups,
-        form=form,
-        method=FORMS[form].methods[0],
-        ranks=ranks,
-    )
+    layer = record.decided(form=form, method=FORMS[form].methods[0], ranks=ranks)
     macs = sum(
         form_macs(form, record.shape, ranks, size, before, batch) for batch, size, before in record.sizes
     )

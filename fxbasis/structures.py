@@ -31,7 +31,7 @@ Counting convention: see ``costs``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
@@ -192,12 +192,23 @@ def _macs_of_steps(
     if form == "weight":
         product = shape.out_channels * (ranks[0] // steps[1].groups) * shape.fan_in
         return [dense_macs(shape, output_size, batch), product]
-    found, (height, width) = [], input_size
+    return [
+        batch * prod(after) * step.weights for step, _, after in _with_sizes(steps, output_size, input_size)
+    ]
+
+
+def _with_sizes(
+    steps: Sequence[Step], output_size: Size, input_size: Size
+) -> Iterator[tuple[Step, Size, Size]]:
+    """Each step with (H, W) of its input and of its output."""
+    before = input_size
     for step in steps:
-        height = output_size[0] if step.axes[0] else height
-        width = output_size[1] if step.axes[1] else width
-        found.append(batch * height * width * step.weights)
-    return found
+        height, width = (
+            output if moved else size
+            for output, size, moved in zip(output_size, before, step.axes, strict=True)
+        )
+        yield step, before, (height, width)
+        before = height, width
 
 
 def training_macs(
@@ -245,16 +256,13 @@ def saved_activations(
     >>> saved_activations("output", shape, (32,), size, size) / (64 * 56 * 56)
     1.5
     """
-    (height, width), kept = input_size, 0
-    first = batch * shape.in_channels * height * width
+    first = batch * shape.in_channels * prod(input_size)
     if form == "weight":
         return first + shape.out_channels * shape.fan_in
     if form == "reduced":
-        return first + batch * (shape.out_channels + ranks[1]) * output_size[0] * output_size[1]
-    channels = shape.in_channels
-    for step in FORMS[form].steps(shape, ranks):
-        kept += batch * channels * height * width
-        height = output_size[0] if step.axes[0] else height
-        width = output_size[1] if step.axes[1] else width
+        return first + batch * (shape.out_channels + ranks[1]) * prod(output_size)
+    channels, kept = shape.in_channels, 0
+    for step, before, _ in _with_sizes(FORMS[form].steps(shape, ranks), output_size, input_size):
+        kept += batch * channels * prod(before)
         channels = step.out_channels
     return kept

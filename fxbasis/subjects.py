@@ -181,19 +181,7 @@ def plan_with(
     table: Sequence[ConvRecord], chosen: Mapping[int, LayerPlan], reason: str = "dense is better"
 ) -> Plan:
     """The plan that writes the chosen layers by their numbers, and leaves the others dense."""
-    return Plan(tuple(chosen.get(record.index) or _dense(record, reason) for record in table))
-
-
-def _dense(record: ConvRecord, reason: str) -> LayerPlan:
-    return LayerPlan(
-        number=record.index,
-        name=record.name,
-        in_channels=record.in_channels,
-        out_channels=record.out_channels,
-        kernel_size=record.kernel_size,
-        groups=record.groups,
-        reason=excluded(record) or reason,
-    )
+    return Plan(tuple(chosen.get(r.index) or r.decided(reason=excluded(r) or reason) for r in table))
 
 
 def built(model: nn.Module, plan: Plan, weights: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 from ..costs import ConvShape, dense_macs
 from ..files import write_whole
+from ..recipe import LayerPlan
 from ..tables import aligned
 from .watching import FunctionalConv
 
@@ -67,6 +68,18 @@ class ConvRecord:
     def shape(self) -> ConvShape:
         """The shape for the closed forms of ``costs``."""
         return ConvShape(self.in_channels, self.out_channels, self.kernel_size, self.groups, self.bias)
+
+    def decided(self, **decision: Any) -> LayerPlan:
+        """The line of a plan for it; dense unless the decision has a form."""
+        return LayerPlan(
+            number=self.index,
+            name=self.name,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            kernel_size=self.kernel_size,
+            groups=self.groups,
+            **decision,
+        )
 
     def each_call(self) -> list[ConvRecord]:
         """A record of every call alone, with its sizes; MACs as of a dense layer."""

@@ -157,14 +157,7 @@ def _close(name: str, table: ConvTable) -> str:
 
 
 def _decide(record: ConvRecord, choice: _Choice | None, weight_of: WeightOf | None) -> LayerPlan:
-    dense = LayerPlan(
-        number=record.index,
-        name=record.name,
-        in_channels=record.in_channels,
-        out_channels=record.out_channels,
-        kernel_size=record.kernel_size,
-        groups=record.groups,
-    )
+    dense = record.decided()
     if choice is None or choice.settings is None:
         return _with(dense, reason="not selected")
     form = choice.settings.form
