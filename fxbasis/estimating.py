@@ -23,13 +23,19 @@ from .statistics import inner_products
 from .subjects import IMAGES, Subject, built, first_images, plan_with, take_off_
 from .sweeping import sweep
 
-__all__ = ["Estimate", "by_fisher", "by_running", "by_statistics"]
+__all__ = ["Estimate", "Key", "by_fisher", "by_running", "by_statistics", "weights_of"]
 
 Fitted = tuple[Proposal, dict[str, Tensor]]
+Key = tuple[str, str, tuple[int, ...]]
 Estimate = tuple[float, float]
 """A change and its standard error."""
 Score: TypeAlias = Callable[[nn.Module], float]
 _WHOLE = "the model itself"
+
+
+def weights_of(fitted: Mapping[str, Sequence[Fitted]]) -> dict[Key, dict[str, Tensor]]:
+    """The steps' weights of everything that was fitted, by the key of its ``LayerPlan``."""
+    return {one.layer.key: weights for found in fitted.values() for one, weights in found}
 
 
 def by_statistics(subject: Subject, name: str, fitted: Sequence[Fitted], estimator: str) -> list[Estimate]:
@@ -58,15 +64,10 @@ def by_fisher(subject: Subject, fitted: Mapping[str, Sequence[Fitted]]) -> dict[
         for name, found in fitted.items()
         if found
     }
-    means = {name: _means(subject, name) for name in shifts}
+    means = {name: subject.free_mean(name) for name in shifts}
     layers = {name: subject.layers[name] for name in shifts}
     products = inner_products(subject.model, layers, shifts, first_images(subject.batches, IMAGES), means)
     return {name: _half_squares(products[name]) if name in shifts else [] for name in fitted}
-
-
-def _means(subject: Subject, name: str) -> Tensor | None:
-    """The mean patch, which a free constant takes out of the shift's effect."""
-    return subject.statistics[name].mean if name in subject.with_mean else None
 
 
 def _half_squares(products: Tensor) -> list[Estimate]:

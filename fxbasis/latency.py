@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .choices import Times, Totals, candidates_of, planned, totals_of
 from .errors import PlanError
-from .estimating import Fitted
+from .estimating import Fitted, Key, weights_of
 from .export.layer_times import layer_ms
 from .export.measuring import measure
 from .passes.records import ConvRecord
@@ -105,8 +105,7 @@ class _Search:
         return planned(self.subject, table, limits, self.combine, self.totals, self.times)
 
     def measured(self, plan: Plan) -> float:
-        weights = {one.layer.key: steps for found in self.fitted.values() for one, steps in found}
-        return _measured(self.subject, plan, weights, self.threads)
+        return _measured(self.subject, plan, weights_of(self.fitted), self.threads)
 
     def tried(self) -> list[_Try]:
         """Each plan aims between the nearest of those before it."""
@@ -185,7 +184,7 @@ def _timed(subject: Subject, times: Times, threads: int) -> Totals:
 
 
 def _measured(
-    subject: Subject, plan: Plan, weights: Mapping[tuple[str, str, Ranks], Mapping[str, Tensor]], threads: int
+    subject: Subject, plan: Plan, weights: Mapping[Key, Mapping[str, Tensor]], threads: int
 ) -> float:
     """Time of the model under a plan over that of the original, measured in turns."""
     chosen = {layer.name: weights[layer.key] for layer in plan.compressed}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .calibrating import change_of
 from .divergence import divergence, probe
-from .estimating import Fitted
+from .estimating import Fitted, Key, weights_of
 from .forms import BasisConv2d
 from .passes.numbering import conv_layers
 from .proposals import shift_of
@@ -111,7 +111,7 @@ class _About:
         self.batches = tuple(first_images(subject.batches, IMAGES))
         self.expected = [run(subject.model, batch) for batch in self.batches]
         self.keys = {name: [one.layer.key for one, _ in found] for name, found in fitted.items() if found}
-        self.weights = {one.layer.key: weights for found in fitted.values() for one, weights in found}
+        self.weights = weights_of(fitted)
         self.shifts = {
             name: torch.stack([shift_of(one, subject.weight(name), weights) for one, weights in fitted[name]])
             for name in self.keys
@@ -143,7 +143,7 @@ class _About:
         now = self.now(plan)
         ways = {n: torch.cat([-now[n][None], shifts - now[n]]) for n, shifts in self.shifts.items()}
         first, second = self._products(self.model(plan), ways)
-        found: dict[tuple[str, str, tuple[int, ...]], float] = {}
+        found: dict[Key, float] = {}
         for name, keys in self.keys.items():
             changes = first[name].mean(0) + 0.5 * second[name].square().mean(0)
             found |= zip(keys, (changes[1:] - changes[0]).tolist(), strict=True)
@@ -165,7 +165,7 @@ class _About:
     ) -> Tensor:
         """(images, n), over all calls of a layer."""
         layer, total = self.subject.layers[name], torch.zeros(images, len(shifts))
-        mean = self.subject.statistics[name].mean if name in self.subject.with_mean else None
+        mean = self.subject.free_mean(name)
         for input, gradient in calls:
             total += by_image(name, against(layer, input, gradient, shifts, mean), images)
         return total

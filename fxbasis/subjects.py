@@ -113,11 +113,15 @@ class Subject:
         """The layers whose mean output can be set freely: they have a bias, or feed a BatchNorm alone."""
         return {name for name, layer in self.layers.items() if layer.bias is not None or name in self.norms}
 
+    def free_mean(self, name: str) -> Tensor | None:
+        """(g, q), the mean patch of a layer whose mean output can be set freely; None of others."""
+        return self.statistics[name].mean if name in self.with_mean and name in self.statistics else None
+
     def constant(self, name: str, shift: Tensor) -> Tensor | None:
         """(C,), what a shift of its weight adds to a layer's mean output; None where that stays."""
-        if name not in self.with_mean or name not in self.statistics:
+        mean = self.free_mean(name)
+        if mean is None:
             return None
-        mean = self.statistics[name].mean
         return (shift.reshape(len(mean), -1, mean.shape[1]) @ mean[:, :, None]).flatten()
 
     def digest(self, *settings: Any) -> str:
