@@ -20,6 +20,9 @@ from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+pytest_plugins = ["cli_runs"]  # the fixtures of the command line
+pytest.register_assert_rewrite("behaviour", "hard_modules")  # their helpers assert
+
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)

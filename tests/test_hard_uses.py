@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_hard_modules import Base, X, assert_behaves_as, assert_same
+from behaviour import X
+from hard_modules import Base, assert_behaves_as, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 

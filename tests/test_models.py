@@ -135,7 +135,8 @@ def test_random_weights_follow_the_seed_and_leave_the_callers_state(folder: Path
 def test_googlenet_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_model("torchvision:googlenet")
+        model = load_model("torchvision:googlenet")
+    assert type(model).__name__ == "GoogLeNet"
 
 
 def test_detectors_download_no_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

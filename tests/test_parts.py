@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from behaviour import X, assert_behaves_as, forms_in
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -21,10 +22,8 @@ from fxbasis import (
     save,
     trace,
 )
-from fxbasis.forms import BasisConv2d
 from fxbasis.passes.tracing import retrace
 
-X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 X3 = torch.randn(3, 3, 12, 10, generator=torch.Generator().manual_seed(2))
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
@@ -210,21 +209,8 @@ def graphs(model: nn.Module) -> dict[str, bool]:
     return {part.name: part.graph for part in parts_of(model)}
 
 
-def same(model: nn.Module, other: nn.Module, *inputs: Any) -> None:
-    """Equal outputs and buffers, in eval() and train(), from the same random state."""
-    model, other = copy.deepcopy(model), copy.deepcopy(other)
-    for training in (False, True):
-        for given in inputs:
-            found = []
-            for one in (model, other):
-                torch.manual_seed(0)
-                found.append(one.train(training)(copy.deepcopy(given)))
-            leaves = [torch.utils._pytree.tree_flatten(output) for output in found]
-            assert leaves[0][1] == leaves[1][1]
-            for a, b in zip(leaves[0][0], leaves[1][0], strict=True):
-                assert (a - b).abs().max() <= 1e-5 * a.abs().max()
-    for a, b in zip(model.buffers(), other.buffers(), strict=True):
-        assert torch.allclose(a, b)
+def names_of_buffers(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_buffers()]
 
 
 CASES: dict[str, tuple[Any, Any, dict[str, bool]]] = {
@@ -265,16 +251,18 @@ def test_parts_are_graphs_where_they_can_be(case: Any) -> None:
     for part in parts_of(traced):
         assert isinstance(traced.get_submodule(part.name), fx.GraphModule) == part.graph
         assert part.graph or ".py:" in part.reason
-    same(model, traced, *more_inputs(example))
+    assert names_of_buffers(traced) == names_of_buffers(model)
+    assert_behaves_as(model, traced, *more_inputs(example))
 
 
 def test_rewritten_folded_saved_and_loaded(case: Any, tmp_path: Any) -> None:
     model, example, _ = case
     small = compress(model, example, layers="re:.*", size=1.0)
     executed = sum(bool(record.calls) for record in number_convs(model, example))
-    assert sum(isinstance(m, BasisConv2d) for m in small.modules()) == executed
-    same(model, small, *more_inputs(example))
-    same(small, fold(small), *more_inputs(example))
+    assert forms_in(small) == executed
+    assert names_of_buffers(small) == names_of_buffers(fold(small)) == names_of_buffers(model)
+    assert_behaves_as(model, small, *more_inputs(example))
+    assert_behaves_as(small, fold(small), *more_inputs(example))
     assert list(fold(small).state_dict()) == list(model.state_dict())
     half = compress(model, example, layers="re:.*", size=2)
     again = load(model, save(half, tmp_path))
@@ -327,7 +315,7 @@ def test_traced_model_is_not_traced_again() -> None:
     again = trace(traced, X)
     assert again is not traced
     assert parts_of(again) == parts_of(traced)
-    same(traced, compress(traced, X, layers="re:.*", size=1.0), X)
+    assert_behaves_as(traced, compress(traced, X, layers="re:.*", size=1.0), X)
 
 
 class LooksAtItsPart(Base):
@@ -344,7 +332,7 @@ def test_a_part_stays_python_when_the_model_around_it_would_notice() -> None:
     assert graphs(traced)["block"] is False
     reasons = {part.name: part.reason for part in parts_of(traced)}
     assert "changes the model around it" in reasons["block"]
-    same(model, traced, X, X3)
+    assert_behaves_as(model, traced, X, X3)
 
 
 def test_without_inputs_parts_are_graphs_unless_their_arguments_are_unknown() -> None:
@@ -376,5 +364,5 @@ def test_specialised_to_the_size_of_the_example_is_noticed() -> None:
 
     model = nn.Sequential(Sized(), nn.Conv2d(4, 4, 1)).eval()
     traced = trace(model, X)
-    same(model, traced, X, X3)
+    assert_behaves_as(model, traced, X, X3)
     assert graphs(traced)["0"] is False
