@@ -14,7 +14,7 @@ from .passes.profiling import profile
 from .passes.records import ConvRecord
 from .recipe import Plan
 from .sensitivities import Sensitivities
-from .solvers import choose, minimise
+from .solvers import choose, minimax, minimise
 from .structures import Ranks
 from .subjects import Subject, plan_with
 
@@ -114,7 +114,8 @@ def planned(
     else:
         layers = candidates_of(subject, table, list(asked), times)
         _check_reach(layers if combine != "paper" else averaged(layers), totals, asked, table.missing)
-        choice = choose(layers, totals.budgets(asked), combine)
+        budgets = totals.budgets(asked)
+        choice = minimax(layers, budgets) if combine == "minimax" else choose(layers, budgets, combine)
     return made_plan(subject, table, choice, totals, asked)
 
 

@@ -1,7 +1,8 @@
 """How long ``cp`` tries: sweeps and starts from a bounded number of multiply-adds.
 
 Wide layers get the sweeps that they can afford from one start. Small ones get all the sweeps that help, and
-then random starts, which run as one batch: the best of 16 has an error 1 to 4 % below one start's.
+then random starts, which run as one batch: on ResNet-20's layers at half of their MACs the best of 16 has an
+error 0.2 to 5.6 % below one start's with 16 channels, and 0 to 2.8 % with 32.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def plan(
             plans are built and measured whole, beside the original, until one keeps the budget.
         max_drop: instead of budgets, the largest predicted change, in the unit of the sensitivities; what
             is minimised are the MACs.
-        combine: "sum", or "paper" for the averages of arXiv 2408.06024, in which budgets are too.
+        combine: "sum"; for comparison "paper", the averages of arXiv 2408.06024, in which budgets are too, or
+            "minimax", the least largest change of one layer (AIMET, BasisConv), within budgets.
 
     Returns:
         A plan with a forecast: the predicted change and cost ratios, what was asked for, and the bound that

@@ -28,7 +28,9 @@ from fxbasis import (
     profile,
     report,
     save,
+    sensitivities,
 )
+from fxbasis.promises import promised
 
 DATA = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 FAST: dict[str, Any] = {"forms": ["gauge"], "calibration": DATA}
@@ -158,6 +160,20 @@ def test_the_papers_averages_take_as_many_times_less() -> None:
     assert found.forecast["macs"] == pytest.approx(1 - (1 - true) / 2)
     with pytest.raises(PlanError, match=r"the least is 0\.5"):
         plan(net, DATA[0], macs=0.5, combine="paper", **FAST)
+
+
+def test_the_rule_of_the_largest_change() -> None:
+    net = shaped()
+    summed, found = (plan(net, DATA[0], macs=0.5, combine=rule, **FAST) for rule in ("sum", "minimax"))
+    assert found.forecast["macs"] <= 0.5
+    assert found.forecast["solver"] == "water level"
+    assert found.forecast["change"] >= summed.forecast["change"]
+    table = {row.layer.key: row.change for row in sensitivities(net, DATA[0], **FAST)}
+    largest = [max(table[layer.key] for layer in made.compressed) for made in (found, summed)]
+    assert largest[0] <= largest[1]
+    assert "is below" in promised(found.forecast)[0]
+    with pytest.raises(SelectionError, match="combine='minimax' is no rule"):
+        plan(net, DATA[0], max_drop=0.1, combine="minimax", **FAST)
 
 
 @pytest.mark.parametrize("kind", ["plain", "dict", "tuple", "list", "branch"])
