@@ -109,15 +109,14 @@ class _Search:
 
     def tried(self) -> list[_Try]:
         """Each plan aims between the nearest of those before it."""
-        layers, budget = (
-            candidates_of(self.subject, self.table, ["latency"], self.times),
-            self.asked["latency"],
-        )
+        budget = self.asked["latency"]
+        layers = candidates_of(self.subject, self.table, ["latency"], self.times)
         floor, aim = self.totals.least(layers, "latency"), budget * MARGIN
         found: list[_Try] = []
         for _ in range(ROUNDS):
-            made = self.plan(self.table, max(floor, min(aim, 1.0)))
-            found.append(_Try(made, max(floor, min(aim, 1.0)), self.measured(made)))
+            limit = max(floor, min(aim, 1.0))
+            made = self.plan(self.table, limit)
+            found.append(_Try(made, limit, self.measured(made)))
             ratio = found[-1].ratio
             if budget * (MARGIN - CLOSE) <= ratio <= budget * MARGIN or (aim <= floor and ratio > budget):
                 break
