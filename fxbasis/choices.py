@@ -71,7 +71,8 @@ def candidates_of(
         subject: whose convolutions these are.
         table: sensitivities of any of them.
         names: of the costs in which one candidate can dominate another.
-        times: of a record, form and ranks, in ms; with them there is a cost "latency".
+        times: of a record, form and ranks, in ms; with them there is a cost "latency", and none is slower
+            than dense.
     """
     rows: dict[int, list[Candidate]] = {record.index: [] for record in subject.table}
     for row in table:
@@ -81,6 +82,7 @@ def candidates_of(
         made = [_dense(record), *envelope(rows[record.index])]
         if times is not None:
             made = [_timed(record, one, times) for one in made]
+            made = [one for one in made if one.costs["latency"] <= made[0].costs["latency"]]
         found.append(undominated(made, list(names)))
     return found
 
@@ -110,7 +112,8 @@ def planned(
     """
     totals = totals or totals_of(subject)
     if "max_drop" in asked:
-        choice = minimise(candidates_of(subject, table), "macs", asked["max_drop"], combine)
+        cost = "latency" if "latency" in asked else "macs"
+        choice = minimise(candidates_of(subject, table, [cost], times), cost, asked["max_drop"], combine)
     else:
         layers = candidates_of(subject, table, list(asked), times)
         _check_reach(layers if combine != "paper" else averaged(layers), totals, asked, table.missing)

@@ -103,8 +103,8 @@ def compress(
             they are left alone.
         keep_if_slower: False to time each layer in ONNX Runtime at the sizes of the example inputs, from the
             cache of ``measure_layer``. What is slower than dense there stays dense, with an FxBasisWarning;
-            another names the better rank of a layer just above a step. With budgets the whole model is
-            measured, as with ``latency=1.0``. True times nothing.
+            another names the better rank of a layer just above a step. With budgets such candidates are not
+            chosen, and the whole model is measured, as with ``latency=1.0``. True times nothing.
         threads: with which layers and models are timed.
         macs, params, latency, max_drop, forms, evaluate: instead of a rank, what ``plan`` plans for: budgets
             as fractions of the whole model's, or the largest predicted change.
@@ -138,12 +138,12 @@ def compress(
     searched = {"forms": forms, "evaluate": evaluate}
     budget = any(value is not None for value in limits.values())
     _check_no_contradiction(budget, plan, rules, form_of | {"effective_weights": effective_weights}, searched)
-    if budget and not keep_if_slower:
-        limits["latency"] = _no_slower(limits)
     subject = subject_of(model, example_inputs, calibration, statistics)
     traced = subject.model if calibration is None else copy_model(subject.model)
     if budget:
-        plan = _planned(subject, limits, layers, forms or PROPOSED, multiple, evaluate, threads)
+        asked = asked_for(**limits)
+        asked |= {} if keep_if_slower else {"latency": asked.get("latency", 1.0)}
+        plan = _planned(subject, asked, layers, forms or PROPOSED, multiple, evaluate, threads)
     elif plan is None:
         chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
         settings = {**form_of, "multiple": multiple, **chosen}
@@ -158,7 +158,7 @@ def compress(
 
 def _planned(
     subject: Subject,
-    limits: Mapping[str, float | None],
+    asked: Mapping[str, float],
     layers: Layers,
     forms: Sequence[str],
     multiple: int,
@@ -167,14 +167,7 @@ def _planned(
 ) -> Plan:
     estimator = estimator_for(None, subject.batches or None, evaluate)
     how = {"evaluate": evaluate, "path": None, "executor": None, "minutes": None}
-    return plan_for(subject, asked_for(**limits), layers, forms, estimator, multiple, "sum", threads, how)
-
-
-def _no_slower(limits: Mapping[str, float | None]) -> float:
-    """The budget of time under which a model is no slower than the original."""
-    if limits["max_drop"] is not None:
-        raise SelectionError("max_drop= minimises the MACs, whatever their time; pass latency= instead of it")
-    return limits["latency"] or 1.0
+    return plan_for(subject, asked, layers, forms, estimator, multiple, "sum", threads, how)
 
 
 def _selected(

@@ -103,7 +103,7 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
         "--keep-if-slower",
         action="store_true",
         help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense, "
-        "and under a budget the whole model must be no slower (--plan and --max-drop decide alone)",
+        "and what is planned here must also be no slower as a whole",
     )
     add_timing(parser)
 

@@ -208,9 +208,11 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    parts = [value for module in model.modules() for value in vars(module).values()]
+    parts = [
+        part for module in model.modules() for part in vars(module).values() if type(part) not in _NO_NEST
+    ]
     memo |= {id(part): part.copy() for part in parts if type(part) in _EMPTY and not part}
-    held = tensors_of(parts)
+    held = tensors_of([part for part in parts if id(part) not in memo])
     memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
     try:
         return copy.deepcopy(model, memo)

@@ -27,13 +27,12 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._attributes = _lend_copies(model)
-        self._members = [
-            (members, dict(members)) for module in model.modules() for members in _members_of(module)
-        ]
+        modules = list(model.modules())
+        self._attributes = _lend_copies(modules)
+        self._members = [(members, dict(members)) for module in modules for members in _members_of(module)]
         self._buffers = [
             (module._buffers, name, buffer, buffer.clone())
-            for module in model.modules()
+            for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
@@ -71,12 +70,12 @@ def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._buffers, module._parameters, module._modules
 
 
-def _lend_copies(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _lend_copies(modules: list[nn.Module]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Give every module copies of its attributes; returns the attributes of each, and what they held."""
-    parts = (*model.modules(), *model.parameters(), *model.buffers())
-    memo: dict[int, Any] = {id(part): part for part in parts}
+    members = [part for module in modules for held in _members_of(module) for part in held.values()]
+    memo: dict[int, Any] = {id(part): part for part in (*modules, *members)}
     lent = []
-    for module in model.modules():
+    for module in modules:
         held = vars(module)
         before = {key: value for key, value in held.items() if key not in _MODULE_KEYS}
         held.update({key: _copied(value, memo) for key, value in before.items() if not _plain(value)})

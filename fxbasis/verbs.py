@@ -80,8 +80,7 @@ def _compress(options: argparse.Namespace) -> Result:
         given["size"] = number(given["size"])
     example = parse_input(options.input)
     model = load_chosen(options)
-    keep = options.keep_if_slower or options.plan is not None or "max_drop" in given
-    timing = {"keep_if_slower": keep, "threads": options.threads}
+    timing = {"keep_if_slower": options.keep_if_slower, "threads": options.threads}
     calibration = load_calibration(options, example)
     data = {"calibration": calibration, "statistics": options.statistics}
     small = compress(model, example, plan=options.plan, **data, **given, **timing)

@@ -74,18 +74,24 @@ def test_compress_as_json_with_every_option(run: Run, tiny: str, tmp_path: Path)
 def test_compress_by_a_plan_and_over_an_old_folder(run: Run, tiny: str, done: Path, tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("old")
     (tmp_path / "notes.txt").write_text("mine")
-    code, _, err = run(
-        "compress", tiny, *SIZE, "--out", tmp_path, "--runs", "3", "--plan", done / "plan.json"
-    )
+    line = ["compress", tiny, *SIZE, "--out", tmp_path, "--runs", "3", "--plan", done / "plan.json"]
+    code, _, err = run(*line, KEEP)
     assert (code, err) == (0, "")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*FILES, "notes.txt"])
     assert (tmp_path / "report.md").read_text() != "old"
     assert Plan.from_json(tmp_path / "plan.json") == Plan.from_json(done / "plan.json")
 
 
+@pytest.mark.parametrize("planned", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_measures_slower_stays_dense_unless_it_is_to_be_kept(
-    run: Run, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+    run: Run,
+    tiny: str,
+    done: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kept: bool,
+    planned: bool,
 ) -> None:
     asked: list[tuple[str, int]] = []
 
@@ -94,7 +100,8 @@ def test_what_measures_slower_stays_dense_unless_it_is_to_be_kept(
         return 1.31 if record.name == "body" else 0.5
 
     monkeypatch.setattr(fxbasis.timing, "time_ratio", ratio)
-    options = ["--size", "4", "--runs", "3", "--threads", "2", *[KEEP] * kept]
+    rank = ["--plan", done / "plan.json"] if planned else ["--size", "4"]
+    options = [*rank, "--runs", "3", "--threads", "2", *[KEEP] * kept]
     code, _, err = run("compress", tiny, *SIZE, "--out", tmp_path, *options)
     assert code == 0
     assert set(asked) == (set() if kept else {("stem", 2), ("body", 2), ("down", 2)})

@@ -227,7 +227,7 @@ def test_the_front_is_monotone_ends_dense_and_can_be_built() -> None:
         ({"macs": 0.6, "energy": 0.9}, "energy= and a budget both say the ranks; pass one"),
         ({"macs": 0.6, "form": "gauge"}, "pass forms= instead of form="),
         ({"macs": 0.6, "fixed_basis": True}, "pass forms= instead of fixed_basis="),
-        ({"max_drop": 0.1, "keep_if_slower": False}, "pass latency= instead of it"),
+        ({"max_drop": 0.1, "latency": 0.5}, "contradict each other; pass one of them"),
         ({"forms": ["gauge"]}, "pass a budget too, such as macs=0.5"),
         ({"evaluate": lambda model: 1.0}, "pass a budget too, such as macs=0.5"),
     ],
@@ -305,15 +305,17 @@ def test_of_the_plans_in_time_the_one_of_least_change_is_taken(monkeypatch: pyte
         plan(shaped(), DATA[0], latency=0.7, **FAST)
 
 
-def test_other_budgets_come_first_and_layers_are_timed_only_where_that_is_too_slow(
+def test_other_budgets_come_first_and_the_rest_is_timed_only_where_that_is_too_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured_as([0.8], monkeypatch)
-    monkeypatch.setattr(fxbasis.latency, "layer_ms", None)
+    timed = fxbasis.latency._timed
+    monkeypatch.setattr(fxbasis.latency, "_timed", None)
     alone, both = (plan(shaped(), DATA[0], macs=0.6, **more, **FAST) for more in ({}, {"latency": 0.9}))
     assert both.layers == alone.layers
     assert (both.forecast["measured latency"], both.forecast["asked"]) == (0.8, {"macs": 0.6, "latency": 0.9})
     measured_as([1.3, 0.9, 0.9, 0.9, 0.9, 0.9], monkeypatch)
+    monkeypatch.setattr(fxbasis.latency, "_timed", timed)
     slow = plan(shaped(), DATA[0], macs=0.6, latency=0.95, **FAST)
     assert slow.forecast["measured latency"] == 0.9
     assert slow.forecast["macs"] <= 0.6
@@ -325,8 +327,42 @@ def test_no_slower_model_is_returned_under_a_budget(monkeypatch: pytest.MonkeyPa
     small = compress(net, DATA[0], macs=0.6, keep_if_slower=False, **FAST)
     assert plan_of(small).forecast["asked"] == {"macs": 0.6, "latency": 1.0}
     measured_as([1.2] * 6, monkeypatch)
-    with pytest.raises(PlanError, match=r"for macs=0.6 took 1.200 of .*; keep_if_slower=True .*keeps it$"):
+    with pytest.raises(PlanError, match=r"macs=0.6 .* took 1.200 of .*; keep_if_slower=True .*time$"):
         compress(net, DATA[0], macs=0.6, keep_if_slower=False, **FAST)
+    with pytest.raises(PlanError, match=r"^macs=0.01 cannot be reached: the least is 0\.[^;]*; [^;]*$"):
+        compress(net, DATA[0], macs=0.01, keep_if_slower=False, **FAST)
+
+
+def test_no_layer_is_chosen_that_is_slower_than_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, limit = shaped(), {"keep_if_slower": False, **FAST}
+    free = plan(net, DATA[0], macs=0.6, **FAST).compressed
+    slow = free[0]
+    measured_as([0.8, 0.8], monkeypatch)
+    shape, told = fxbasis.latency, fxbasis.latency.layer_ms
+
+    def layer_ms(record: Any, form: str, ranks: Any, threads: int) -> float:
+        grown = form == slow.form and ranks >= slow.ranks and record.name == slow.name
+        return told(record, form, ranks, threads) * (100 if grown else 1)
+
+    monkeypatch.setattr(shape, "layer_ms", layer_ms)
+    for asked in ({"macs": 0.6}, {"max_drop": plan(net, DATA[0], macs=0.6, **FAST).forecast["change"]}):
+        found = plan_of(compress(net, DATA[0], **asked, **limit))
+        chosen = {layer.name: layer.ranks for layer in found.compressed if layer.form == slow.form}
+        assert chosen.get(slow.name, (0,)) < slow.ranks
+        assert found.forecast["asked"] == {**asked, "latency": 1.0}
+
+
+def test_a_largest_change_takes_the_fastest_where_the_least_work_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, drop = shaped(), plan(shaped(), DATA[0], macs=0.7, **FAST).forecast["change"]
+    measured_as([1.2, 0.9], monkeypatch)
+    found = plan_of(compress(net, DATA[0], max_drop=drop, keep_if_slower=False, **FAST)).forecast
+    assert (found["measured latency"], found["objective"]) == (0.9, "latency")
+    assert found["change"] <= drop
+    measured_as([1.2, 1.1], monkeypatch)
+    with pytest.raises(PlanError, match=r"max_drop=.* took 1.200 of the time; .* the fastest took 1.100"):
+        compress(net, DATA[0], max_drop=drop, keep_if_slower=False, **FAST)
 
 
 def test_a_budget_of_time_and_scores_without_comparable_outputs() -> None:
