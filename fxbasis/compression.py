@@ -23,7 +23,6 @@ from .passes.rewriting import check_plan, check_weight, effective_weight_note, r
 from .passes.selection import Layers, select
 from .passes.settings import WeightOf
 from .planning import plan_for
-from .proposals import PROPOSED
 from .proving import rewrite_difference
 from .recipe import FORECAST, Plan
 from .running import ExampleInputs, copy_model
@@ -143,7 +142,7 @@ def compress(
     if budget:
         asked = asked_for(**limits)
         asked |= {} if keep_if_slower else {"latency": asked.get("latency", 1.0)}
-        plan = _planned(subject, asked, layers, forms or PROPOSED, multiple, evaluate, threads)
+        plan = _planned(subject, asked, layers, forms, multiple, evaluate, threads)
     elif plan is None:
         chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
         settings = {**form_of, "multiple": multiple, **chosen}
@@ -160,7 +159,7 @@ def _planned(
     subject: Subject,
     asked: Mapping[str, float],
     layers: Layers,
-    forms: Sequence[str],
+    forms: Sequence[str] | None,
     multiple: int,
     evaluate: Callable[[nn.Module], float] | None,
     threads: int,

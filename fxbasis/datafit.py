@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .cp import cp
+from .cp import cp, largest_cp
 from .cp_starts import principal
 from .factors import folded
 from .fitting import fit, gauge_factors, named
@@ -29,7 +29,7 @@ __all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fit
 
 WORK, SHORT_WORK = 60e9, 20e9
 """Multiply-adds that renewing one layer may take, and the sweeps of a short fit."""
-ROUNDS, SHORT, STEPS, SWEEPS = 8, 2, 6, 15
+ROUNDS, SHORT, STEPS, SWEEPS = 8, 1, 6, 15
 """Rounds of a thorough fit and of a short one, steps of conjugate gradients, sweeps before a short fit."""
 DAMPING = 1e-3
 Weights = dict[str, Tensor]
@@ -77,25 +77,26 @@ def blocks_of(metric: Tensor, groups: int) -> Tensor:
     return torch.stack([metric[part, part] for part in parts])
 
 
-def short_fits(weight: Tensor, plans: Sequence[LayerPlan]) -> list[Weights]:
+def short_fits(
+    weight: Tensor, plans: Sequence[LayerPlan], starts: dict[str, list[Tensor]] | None = None
+) -> list[Weights]:
     """Fits to the weight, all of one layer; of cp, which takes long, of a few sweeps: to compare ranks by.
 
-    The start of all ranks of cp is one decomposition.
+    The start of all ranks of cp is one decomposition, which ``starts`` keeps for other ranks of the layer.
     """
     blocks = weight.detach().double().reshape(plans[0].groups, -1, *weight.shape[1:]) if plans else weight
-    first: dict[str, list[Tensor]] = {}
+    starts = {} if starts is None else starts
     found = []
     for plan in plans:
         if plan.form not in ("cp", "cp4"):
             found.append(fit(weight, plan))
             continue
         factors = 3 if plan.form == "cp" else 4
-        if plan.form not in first:
-            most = max(other.rank for other in plans if other.form == plan.form) // plan.groups
-            first[plan.form] = principal(blocks, most, factors)
+        if plan.form not in starts:
+            starts[plan.form] = principal(blocks, largest_cp(blocks.shape[1:], factors), factors)
         rank = plan.rank // plan.groups
         sweeps = int(min(SWEEPS, max(2, SHORT_WORK // (2 * blocks[0].numel() * rank))))
-        made = cp(blocks, rank, factors, sweeps=sweeps, starts=1, first=first[plan.form])
+        made = cp(blocks, rank, factors, sweeps=sweeps, starts=1, first=starts[plan.form])
         found.append(named(made, plan))
     return found
 

@@ -138,7 +138,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-drop", type=float, help="least MACs within this predicted change (nats, or score)"
     )
-    group.add_argument("--forms", help="forms that are tried, with commas (default cp,gauge,spatial)")
+    group.add_argument("--forms", help="forms that are tried, with commas (default: all, by a first look)")
     group.add_argument(
         "--evaluate",
         metavar="MODULE:FUNCTION",

@@ -56,7 +56,7 @@ def _picture(options: argparse.Namespace) -> Path | None:
 
 def _add_sensitivities(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
-    parser.add_argument("--forms", help="forms that are tried, with commas (default cp,gauge,spatial)")
+    parser.add_argument("--forms", help="forms that are tried, with commas (default: all, by a first look)")
     parser.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="a score of a model, higher is better")
     parser.add_argument("--csv", metavar="FILE", help="also write the table as CSV")
 

@@ -24,11 +24,10 @@ from .estimating import Fitted
 from .fronts import Front, front
 from .latency import planned_by_time
 from .passes.selection import Layers
-from .proposals import PROPOSED
 from .recipe import Plan
 from .relinearising import in_rounds
 from .running import ExampleInputs
-from .sensitivities import Sensitivities, estimated, estimator_for, fitted_all, proposed
+from .sensitivities import Sensitivities, estimated, estimator_for, fitted_for
 from .subjects import Subject, subject_of
 
 __all__ = ["ParetoFront", "pareto", "plan", "plan_for"]
@@ -45,7 +44,7 @@ def plan(
     latency: float | None = None,
     max_drop: float | None = None,
     layers: Layers = "all",
-    forms: Sequence[str] = PROPOSED,
+    forms: Sequence[str] | None = None,
     estimator: str | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     multiple: int = 1,
@@ -95,7 +94,7 @@ def plan_for(
     subject: Subject,
     asked: Mapping[str, float],
     layers: Layers,
-    forms: Sequence[str],
+    forms: Sequence[str] | None,
     estimator: str,
     multiple: int,
     combine: str,
@@ -110,7 +109,7 @@ def _front(
     subject: Subject,
     cost: str,
     layers: Layers,
-    forms: Sequence[str],
+    forms: Sequence[str] | None,
     name: str,
     multiple: int,
     how: Mapping[str, Any],
@@ -119,9 +118,8 @@ def _front(
         raise PlanError(
             "the model has no Conv2d, so there is nothing to plan; fxbasis.profile counts its work"
         )
-    proposals = proposed(subject, forms, multiple, layers)
-    fitted = fitted_all(subject, proposals)
-    return ParetoFront(cost, subject, fitted, estimated(subject, fitted, name, **how))
+    fitted, ruled_out = fitted_for(subject, forms, multiple, layers)
+    return ParetoFront(cost, subject, fitted, estimated(subject, fitted, ruled_out, name, **how))
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def pareto(
     statistics: str | Path | None = None,
     cost: str = "macs",
     layers: Layers = "all",
-    forms: Sequence[str] = PROPOSED,
+    forms: Sequence[str] | None = None,
     estimator: str | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     multiple: int = 1,

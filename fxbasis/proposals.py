@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compositions import GaugeComposition
+from .compositions import GaugeComposition, ReducedComposition
 from .datafit import SHORT, fit_to_data, short_fits
 from .factors import folded
 from .passes.ranking import ranks_by_cost, rounded_down
@@ -20,10 +20,8 @@ from .structures import FORMS, form_macs, form_params
 
 __all__ = ["PROPOSED", "Proposal", "excluded", "proposals_of", "shift_of", "step_weights"]
 
-PROPOSED = ("cp", "gauge", "spatial")
-"""Tried unless others are given. On ResNet-20 all seven (``output`` is never better than ``gauge``) predict
-0.0180 nats at half of the MACs instead of 0.0188, 0.0633 at 0.35 instead of 0.0638, and 0.166 at a quarter
-instead of 0.174; their fits take three times as long."""
+PROPOSED = ("cp", "gauge", "spatial", "cp4", "tucker2", "input", "tt", "reduced")
+"""Every form that can be the best one: output is gauge with more work, weight has the work of dense."""
 RATIOS = (0.1, 0.15, 0.22, 0.3, 0.4, 0.52, 0.67, 0.85)
 EDGES = ((64, 16), (8, 4))
 """Pairs of a least number of channels and the step that ranks lie on from there: ONNX Runtime takes 16
@@ -32,11 +30,15 @@ channels together (8 without AVX-512), and misses its fast depthwise kernels whe
 
 @dataclass(frozen=True)
 class Proposal:
-    """One form and rank for one layer; its costs are those of all calls, for the example inputs' batch."""
+    """One form and rank for one layer; its costs are those of all calls, for the example inputs' batch.
+
+    ``ratio`` is its MACs over those of the dense layer.
+    """
 
     layer: LayerPlan
     macs: int
     params: int
+    ratio: float
 
 
 def excluded(record: ConvRecord) -> str:
@@ -75,8 +77,9 @@ def _edge(record: ConvRecord, ranks: tuple[int, ...]) -> int:
 
 
 def _for_kernel(record: ConvRecord, form: str) -> str:
-    """A 1x1 kernel has no taps to split: cp and the like are the output form then, and gauge is cheaper."""
-    return "gauge" if record.kernel_size == (1, 1) and form in ("cp", "cp4", "spatial", "tt") else form
+    """A 1x1 kernel has no taps to split: chains are the output form then, and gauge is cheaper."""
+    chains = ("cp", "cp4", "spatial", "tucker2", "input", "tt")
+    return "gauge" if record.kernel_size == (1, 1) and form in chains else form
 
 
 def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal:
@@ -84,11 +87,16 @@ def _proposal(record: ConvRecord, form: str, ranks: tuple[int, ...]) -> Proposal
     macs = sum(
         form_macs(form, record.shape, ranks, size, before, batch) for batch, size, before in record.sizes
     )
-    return Proposal(layer, macs, form_params(form, record.shape, ranks))
+    return Proposal(layer, macs, form_params(form, record.shape, ranks), macs / (record.macs or 1))
 
 
 def step_weights(
-    proposals: Sequence[Proposal], weight: Tensor, statistics: LayerStatistics | None, *, with_mean: bool
+    proposals: Sequence[Proposal],
+    weight: Tensor,
+    statistics: LayerStatistics | None,
+    starts: dict[str, list[Tensor]] | None = None,
+    *,
+    with_mean: bool,
 ) -> list[dict[str, Tensor]]:
     """The steps' weights, fitted to the data where there are statistics, otherwise to the weight alone.
 
@@ -96,10 +104,11 @@ def step_weights(
         proposals: all of one layer.
         weight: of that layer, float64.
         statistics: of that layer, or None.
+        starts: as of ``short_fits``.
         with_mean: whether a constant can be added to its outputs.
     """
     layers = [proposal.layer for proposal in proposals]
-    short = short_fits(weight, layers)
+    short = short_fits(weight, layers, starts)
     if statistics is None:
         return short
     moment = statistics.covariance if with_mean else statistics.moment
@@ -112,14 +121,22 @@ def step_weights(
 def shift_of(proposal: Proposal, weight: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """Folded minus dense weight, float64."""
     layer = proposal.layer
-    if layer.form == "gauge":
-        weights = {**weights, "composition.weight": _dense_gauge(layer, weights)}
+    if layer.form in _COMPOSITIONS:
+        weights = {**weights, "composition.weight": _dense_composition(layer, weights)}
     return folded(layer, weights) - weight.detach().double()
 
 
-def _dense_gauge(layer: LayerPlan, weights: Mapping[str, Tensor]) -> Tensor:
-    composition = GaugeComposition(layer.steps[-1], torch.empty(0, dtype=torch.float64), bias=False)
+_COMPOSITIONS: dict[str, type[GaugeComposition | ReducedComposition]] = {
+    "gauge": GaugeComposition,
+    "reduced": ReducedComposition,
+}
+
+
+def _dense_composition(layer: LayerPlan, weights: Mapping[str, Tensor]) -> Tensor:
+    """The weight of the 1x1 convolution with the same function as a composition that is none."""
+    made = _COMPOSITIONS[layer.form](layer.steps[-1], torch.empty(0, dtype=torch.float64), bias=False)
+    state = made.state_dict(keep_vars=True)
     with torch.no_grad():
-        composition.weight.copy_(weights["composition.weight"].reshape(composition.weight.shape))
-        composition.order.copy_(weights["composition.order"])
-    return composition.dense_weight().detach()
+        for name, part in state.items():
+            part.copy_(weights[f"composition.{name}"].reshape(part.shape))
+    return made.dense_weight().detach()

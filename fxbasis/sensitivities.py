@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ from .estimating import Estimate, Fitted, by_fisher, by_running, by_statistics
 from .files import write_whole
 from .passes.rewriting import check_weight
 from .passes.selection import Layers, matches
-from .progress import progress
-from .proposals import PROPOSED, Proposal, excluded, proposals_of, step_weights
+from .proposals import PROPOSED, excluded, proposals_of
 from .recipe import LayerPlan
 from .running import ExampleInputs, batch_size
+from .screening import fitted_all
 from .structures import FORMS
 from .subjects import IMAGES, Subject, first_images, subject_of
 from .tables import aligned
@@ -45,8 +46,7 @@ __all__ = [
     "Sensitivity",
     "estimated",
     "estimator_for",
-    "fitted_all",
-    "proposed",
+    "fitted_for",
     "sensitivities",
 ]
 
@@ -95,7 +95,7 @@ class Sensitivities(Sequence[Sensitivity]):
     Attributes:
         rows: in the order of the layers.
         estimator: which. unit: of the changes. images: that they were taken over.
-        left_out: by the name of a layer, why it has no rows.
+        left_out: by the name of a layer, why it has no rows. ruled_out: the forms that lost at a first look.
         missing: rows that were not computed for want of time.
     """
 
@@ -104,6 +104,7 @@ class Sensitivities(Sequence[Sensitivity]):
     unit: str
     images: int
     left_out: Mapping[str, str]
+    ruled_out: Mapping[str, tuple[str, ...]]
     missing: int = 0
 
     @overload
@@ -125,6 +126,8 @@ class Sensitivities(Sequence[Sensitivity]):
         over = f", over {self.images} images" if self.images else ""
         lines = [table, f"change: {self.estimator}, {self.unit}{over}"]
         lines += [f"- {name}: {why}" for name, why in self.left_out.items()]
+        if self.ruled_out:
+            lines.append(f"ruled out at a first look: {_counted(self.ruled_out)}")
         if self.missing:
             lines.append(f"{self.missing} were not computed for want of time")
         return "\n".join(lines)
@@ -132,7 +135,14 @@ class Sensitivities(Sequence[Sensitivity]):
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         own = {key: value for key, value in vars(self).items() if key != "rows"}
-        return {**own, "left_out": dict(self.left_out), "rows": [row.to_dict() for row in self]}
+        own["left_out"] = dict(self.left_out)
+        ruled_out = {name: list(forms) for name, forms in self.ruled_out.items()}
+        return {
+            **own,
+            "left_out": dict(self.left_out),
+            "ruled_out": ruled_out,
+            "rows": [row.to_dict() for row in self],
+        }
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows as CSV with a header line, whole or not at all."""
@@ -142,6 +152,11 @@ class Sensitivities(Sequence[Sensitivity]):
         writer.writeheader()
         writer.writerows(rows)
         write_whole(Path(path), text.getvalue().encode())
+
+
+def _counted(ruled_out: Mapping[str, tuple[str, ...]]) -> str:
+    counts = Counter(form for forms in ruled_out.values() for form in forms)
+    return ", ".join(f"{form} in {many} layer{'s' * (many > 1)}" for form, many in counts.items())
 
 
 def _text(row: Sensitivity) -> list[str]:
@@ -157,7 +172,7 @@ def sensitivities(
     calibration: Iterable[Any] | None = None,
     statistics: str | Path | None = None,
     layers: Layers = "all",
-    forms: Sequence[str] = PROPOSED,
+    forms: Sequence[str] | None = None,
     estimator: str | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     multiple: int = 1,
@@ -177,7 +192,9 @@ def sensitivities(
         statistics: a file for the sums of the calibration pass (safetensors, 8 q^2 bytes for each group of
             fan-in q), with a hash of model and data: read where that fits, otherwise written.
         layers: which; as of ``compress``, without settings.
-        forms: that are tried; for 1x1 kernels those with a kernel to take apart are replaced by gauge.
+        forms: that are tried; for 1x1 kernels those with a kernel to take apart are replaced by gauge. By
+            default all (``proposals.PROPOSED``), of which each layer drops those that lose at a first look
+            (``screening``).
         estimator: one of ``ESTIMATORS``; by default evaluate if that is given, else fisher, and without
             calibration data weight.
         evaluate: a score of a model, higher is better; it gets a copy that it may change, and a fixed seed.
@@ -204,10 +221,9 @@ def sensitivities(
     """
     name = estimator_for(estimator, calibration, evaluate)
     subject = subject_of(model, example_inputs, calibration, statistics)
-    proposals = proposed(subject, forms, multiple, layers)
-    fitted = fitted_all(subject, proposals)
+    fitted, ruled_out = fitted_for(subject, forms, multiple, layers)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
-    return estimated(subject, fitted, name, **how)
+    return estimated(subject, fitted, ruled_out, name, **how)
 
 
 def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str:
@@ -228,42 +244,38 @@ def _check_forms(forms: Sequence[str]) -> None:
     if isinstance(forms, str) or not forms:
         raise SelectionError(f"forms={forms!r} is no list of forms; pass for example forms=['cp', 'gauge']")
     for form in forms:
-        if form not in FORMS or form in ("weight", "reduced"):
-            known = ", ".join(name for name in FORMS if name not in ("weight", "reduced"))
+        if form not in FORMS or form == "weight":
+            known = ", ".join(name for name in FORMS if name != "weight")
             raise SelectionError(f"the form {form!r} cannot be planned; choose of {known}")
 
 
-def proposed(
-    subject: Subject, forms: Sequence[str], multiple: int, layers: Layers
-) -> dict[str, list[Proposal]]:
-    """The proposals of each of the layers that can be compressed, by name.
+def fitted_for(
+    subject: Subject, forms: Sequence[str] | None, multiple: int, layers: Layers
+) -> tuple[dict[str, list[Fitted]], dict[str, tuple[str, ...]]]:
+    """What stands for each of the layers that can be compressed, by name; and the forms ruled out there.
 
     Raises:
         SelectionError: for layers that do not exist, or with settings.
         LayerError: for a weight that is not finite.
     """
-    _check_forms(forms)
+    tried = PROPOSED if forms is None else forms
+    _check_forms(tried)
     if isinstance(layers, Mapping):
         raise SelectionError("layers= has settings, which are what is looked for here; pass a list of layers")
     numbers = matches(layers, subject.table)
     records = [r for r in subject.table if r.name in subject.layers and r.index in numbers]
     for record in records:
         check_weight(subject.layers[record.name], record)
-    return {record.name: proposals_of(record, forms, multiple) for record in records}
-
-
-def fitted_all(subject: Subject, proposals: Mapping[str, Sequence[Proposal]]) -> dict[str, list[Fitted]]:
-    """Each proposal with the weights of its steps."""
-    found: dict[str, list[Fitted]] = {}
-    for name, listed in progress(list(proposals.items()), "fitting"):
-        statistics, free = subject.statistics.get(name), name in subject.with_mean
-        weights = step_weights(listed, subject.weight(name), statistics, with_mean=free)
-        found[name] = list(zip(listed, weights, strict=True))
-    return found
+    proposals = {record.name: proposals_of(record, tried, multiple) for record in records}
+    return fitted_all(subject, proposals, screen=forms is None)
 
 
 def estimated(
-    subject: Subject, fitted: Mapping[str, Sequence[Fitted]], estimator: str, **how: Any
+    subject: Subject,
+    fitted: Mapping[str, Sequence[Fitted]],
+    ruled_out: Mapping[str, tuple[str, ...]],
+    estimator: str,
+    **how: Any,
 ) -> Sensitivities:
     """The table of fitted proposals by one estimator; ``how`` as of ``by_running``."""
     found: Mapping[str, Sequence[Estimate | None]]
@@ -283,4 +295,5 @@ def estimated(
     images = 0 if estimator == "evaluate" else sum(map(batch_size, first_images(subject.batches, IMAGES)))
     left_out = {r.name: excluded(r) or "not asked for" for r in subject.table if r.name not in fitted}
     missing = sum(map(len, fitted.values())) - len(rows)
-    return Sensitivities(tuple(rows), estimator, _UNITS.get(estimator, "nats"), images, left_out, missing)
+    unit = _UNITS.get(estimator, "nats")
+    return Sensitivities(tuple(rows), estimator, unit, images, left_out, ruled_out, missing)

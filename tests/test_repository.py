@@ -100,6 +100,7 @@ LAYERS = {
         "proposals",
         "subjects",
         "estimating",
+        "screening",
         "sensitivities",
         "calibrating",
         "choices",

@@ -1,0 +1,77 @@
+"""Fits of what could stand for each layer, and the first look that rules most of it out.
+
+Of all forms a layer has use for two or three, and fits are most of the work of a plan. So each form is
+fitted at one rank first, near ``PROBE`` of the layer's MACs, and judged by the sums of the statistics alone
+(``kfac``; without calibration data ``weight``). A form that changes more than ``SLACK`` times as much as
+another one does at the same work gets no further fits; for that, changes fall with the square of the MACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from .estimating import Fitted, by_statistics
+from .progress import progress
+from .proposals import Proposal, step_weights
+from .subjects import Subject
+
+__all__ = ["fitted_all"]
+
+PROBE = 0.3
+SLACK = 2.0
+"""On ResNet-20 the plans for 0.5, 0.35 and 0.25 of the MACs are those of all fits, at half of their time."""
+
+
+def fitted_all(
+    subject: Subject, proposals: Mapping[str, Sequence[Proposal]], *, screen: bool
+) -> tuple[dict[str, list[Fitted]], dict[str, tuple[str, ...]]]:
+    """By the name of a layer its proposals, with the weights of their steps, and the forms ruled out.
+
+    Args:
+        subject: the model under study.
+        proposals: of each layer.
+        screen: whether any may be ruled out.
+    """
+    fits: dict[str, list[Fitted]] = {}
+    ruled_out: dict[str, tuple[str, ...]] = {}
+    for name, listed in progress(list(proposals.items()), "fitting"):
+        starts: dict[str, list[Tensor]] = {}
+        looked = _fitted(subject, name, _probes(listed), starts) if screen else []
+        lost = _lost(subject, name, looked)
+        left = [one for one in listed if one.layer.form not in lost]
+        known = {one.layer.key for one, _ in looked}
+        more = _fitted(subject, name, [one for one in left if one.layer.key not in known], starts)
+        weights = {one.layer.key: made for one, made in (*looked, *more)}
+        fits[name] = [(one, weights[one.layer.key]) for one in left]
+        if lost:
+            ruled_out[name] = lost
+    return fits, ruled_out
+
+
+def _fitted(
+    subject: Subject, name: str, listed: Sequence[Proposal], starts: dict[str, list[Tensor]]
+) -> list[Fitted]:
+    statistics, free = subject.statistics.get(name), name in subject.with_mean
+    weights = step_weights(listed, subject.weight(name), statistics, starts, with_mean=free)
+    return list(zip(listed, weights, strict=True))
+
+
+def _probes(listed: Sequence[Proposal]) -> list[Proposal]:
+    """Of each form the proposal whose part of the dense MACs is nearest to ``PROBE``."""
+    found: dict[str, Proposal] = {}
+    for one in listed:
+        other = found.setdefault(one.layer.form, one)
+        if abs(one.ratio - PROBE) < abs(other.ratio - PROBE):
+            found[one.layer.form] = one
+    return list(found.values())
+
+
+def _lost(subject: Subject, name: str, looked: Sequence[Fitted]) -> tuple[str, ...]:
+    estimator = "kfac" if subject.statistics else "weight"
+    changes = by_statistics(subject, name, looked, estimator)
+    scores = {
+        one.layer.form: change * one.ratio**2 for (one, _), (change, _) in zip(looked, changes, strict=True)
+    }
+    return tuple(form for form, score in scores.items() if score > SLACK * min(scores.values()))
