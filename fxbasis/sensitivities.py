@@ -20,7 +20,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -95,8 +95,9 @@ class Sensitivities(Sequence[Sensitivity]):
     Attributes:
         rows: in the order of the layers.
         estimator: which. unit: of the changes. images: that they were taken over.
-        left_out: by the name of a layer, why it has no rows. ruled_out: the forms that lost at a first look.
+        left_out: by the name of a layer, why it has no rows.
         missing: rows that were not computed for want of time.
+        ruled_out: by the name of a layer, the forms that lost at a first look.
     """
 
     rows: tuple[Sensitivity, ...]
@@ -104,8 +105,8 @@ class Sensitivities(Sequence[Sensitivity]):
     unit: str
     images: int
     left_out: Mapping[str, str]
-    ruled_out: Mapping[str, tuple[str, ...]]
     missing: int = 0
+    ruled_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @overload
     def __getitem__(self, index: int) -> Sensitivity: ...
@@ -296,4 +297,4 @@ def estimated(
     left_out = {r.name: excluded(r) or "not asked for" for r in subject.table if r.name not in fitted}
     missing = sum(map(len, fitted.values())) - len(rows)
     unit = _UNITS.get(estimator, "nats")
-    return Sensitivities(tuple(rows), estimator, unit, images, left_out, ruled_out, missing)
+    return Sensitivities(tuple(rows), estimator, unit, images, left_out, missing, ruled_out)

@@ -16,6 +16,7 @@ from torch import nn
 from fxbasis import FxBasisError, InputError, LayerError, SelectionError, compress, profile, sensitivities
 from fxbasis.demo.digits import load_digits_split
 from fxbasis.demo.network import digits_resnet
+from fxbasis.proposals import PROPOSED
 from fxbasis.sensitivities import ESTIMATORS
 
 DATA = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
@@ -65,6 +66,32 @@ def test_a_larger_rank_changes_less_and_something(estimator: str) -> None:
     table = sensitivities(net, net.example, estimator=estimator, layers="conv2", **FAST)
     found = {row.layer.rank: row.change for row in table}
     assert found[min(found)] > found[max(found)] > 0
+
+
+def test_a_first_look_rules_out_forms_of_all_that_stand_by_default() -> None:
+    net, given = build("plain"), {"calibration": DATA, "estimator": "kfac"}
+    table = sensitivities(net, net.example, **given)
+    whole = sensitivities(net, net.example, forms=PROPOSED, **given)
+    assert whole.ruled_out == {}
+    assert set(PROPOSED) == {row.layer.form for row in whole}
+    for name in ("conv1", "conv2"):
+        kept = {row.layer.form for row in table if row.layer.name == name}
+        assert kept
+        assert kept.isdisjoint(table.ruled_out[name])
+        assert kept | {*table.ruled_out[name]} == {r.layer.form for r in whole if r.layer.name == name}
+        looked = [row for row in whole if row.layer.name == name]
+        nearest = {f: min(_of(looked, f), key=lambda r: abs(r.macs_ratio - 0.3)) for f in PROPOSED}
+        scores = {form: row.change * row.macs_ratio**2 for form, row in nearest.items()}
+        assert {form for form, score in scores.items() if score > 2 * min(scores.values())} == {
+            *table.ruled_out[name]
+        }
+    assert [row for row in whole if row.layer.form not in table.ruled_out[row.layer.name]] == [*table]
+    assert "ruled out at a first look: " in str(table)
+    assert table.to_dict()["ruled_out"]["conv2"] == list(table.ruled_out["conv2"])
+
+
+def _of(rows: list[Any], form: str) -> list[Any]:
+    return [row for row in rows if row.layer.form == form]
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -237,7 +264,7 @@ def test_the_table_is_a_file(tmp_path: Path) -> None:
         ({"estimator": "guess"}, SelectionError, "choose one of fisher"),
         ({"forms": "gauge"}, SelectionError, "pass for example forms="),
         ({"forms": []}, SelectionError, "pass for example forms="),
-        ({"forms": ["reduced"]}, SelectionError, "cannot be planned; choose of output"),
+        ({"forms": ["weight"]}, SelectionError, "cannot be planned; choose of output"),
         ({"layers": "conv9"}, SelectionError, "close matches: conv"),
         ({"layers": {"conv1": {"size": 2}}}, SelectionError, "pass a list of layers"),
     ],

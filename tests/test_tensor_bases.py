@@ -271,8 +271,8 @@ def test_a_start_that_overflows_is_dropped() -> None:
 
 
 def test_a_bounded_effort() -> None:
-    assert [default_starts(1, (size, size, 3, 3), size * 2) for size in (16, 32, 64, 512)] == [16, 15, 2, 1]
-    assert [default_starts(groups, (4, 4, 3, 3), 8) for groups in (1, 32)] == [16, 5]
+    assert [default_starts(1, (size, size, 3, 3), size * 2) for size in (16, 32, 64, 512)] == [4, 4, 2, 1]
+    assert [default_starts(groups, (4, 4, 3, 3), 8) for groups in (1, 64)] == [4, 2]
     assert default_starts(10**6, (4, 4, 3, 3), 8) == 1
 
 
