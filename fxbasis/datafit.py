@@ -13,6 +13,7 @@ are small, exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def blocks_of(metric: Tensor, groups: int) -> Tensor:
 def short_fits(
     weight: Tensor, plans: Sequence[LayerPlan], starts: dict[str, list[Tensor]] | None = None
 ) -> list[Weights]:
-    """Fits to the weight, all of one layer; of cp, which takes long, of a few sweeps: to compare ranks by.
+    """Fits to the weight, all of one layer, to compare ranks by: of cp a few sweeps, of tucker2 and tt none.
 
     The start of all ranks of cp is one decomposition, which ``starts`` keeps for other ranks of the layer.
     """
@@ -89,7 +90,7 @@ def short_fits(
     found = []
     for plan in plans:
         if plan.form not in ("cp", "cp4"):
-            found.append(fit(weight, plan))
+            found.append(fit(weight, replace(plan, method="svd") if plan.form in ("tucker2", "tt") else plan))
             continue
         factors = 3 if plan.form == "cp" else 4
         if plan.form not in starts:
