@@ -2,8 +2,7 @@
 
 Wide layers get the sweeps that they can afford from one start. Small ones get all the sweeps that help, and
 then random starts, which run as one batch: on ResNet-20's layers at half of their MACs the best of four has
-an error up to 4.3 % below one start's with 16 channels, and 1.4 % with 32 (of 16 starts: 5.6 and 2.8 %, which
-no longer shows in the outputs once a layer was fitted to data).
+an error up to 4.3 % below one start's with 16 channels, and 1.4 % with 32 (the best of 16: 5.6 and 2.8 %).
 """
 
 from __future__ import annotations

@@ -136,7 +136,6 @@ class Sensitivities(Sequence[Sensitivity]):
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         own = {key: value for key, value in vars(self).items() if key != "rows"}
-        own["left_out"] = dict(self.left_out)
         ruled_out = {name: list(forms) for name, forms in self.ruled_out.items()}
         return {
             **own,
