@@ -12,31 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
-import torch
-from torch import nn
 
-from ..errors import ExportError, InputError
+from ..errors import ExportError
 from ..progress import progress
-from ..running import ExampleInputs, as_arguments, batch_size, describe, run, seeded, tensors_of
-from .checking import (
-    bytes_of,
-    check_threads,
-    feed,
-    frozen_copy,
-    named_inputs,
-    named_tensors,
-    open_session,
-)
-from .exporting import export_onnx
+from ..running import ExampleInputs, batch_size
+from .checking import check_threads
+from .runners import ModelOrPath, Runner, eager_state, runner_of
 
 __all__ = ["WARM_UP", "Latency", "measure"]
 
@@ -44,8 +31,6 @@ WARM_UP = 3
 """Uncounted runs of every model before the first sample."""
 
 RUNTIMES = ("onnxruntime", "eager")
-
-ModelOrPath: TypeAlias = nn.Module | str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +85,6 @@ class Latency:
         return statistics.median(a / b for a, b in zip(self.samples_ms, other.samples_ms, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Runner:
-    call: Callable[[], Any]
-    runtime: str
-    size_bytes: int
-
-
 @overload
 def measure(
     model_or_path: ModelOrPath,
@@ -153,6 +131,7 @@ def measure(
             missing or not ONNX, and for a module that cannot be exported.
         InputError: when the example inputs do not fit the model.
 
+    >>> import torch
     >>> conv, inputs = torch.nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
     >>> latency = measure(conv, inputs, runs=5, runtime="eager")
     >>> latency.runs, latency.threads, latency.batch, latency.size_bytes, latency.median_ms > 0
@@ -174,8 +153,8 @@ def _measured(
         raise ExportError("there is nothing to measure: the mapping is empty; pass {'name': model}")
     with contextlib.ExitStack() as stack:
         if runtime == "eager":
-            stack.enter_context(_eager_state(threads))
-        runners = [_runner(entry, example_inputs, threads, runtime, stack) for entry in entries.values()]
+            stack.enter_context(eager_state(threads))
+        runners = [runner_of(entry, example_inputs, threads, runtime, stack) for entry in entries.values()]
         samples = _interleaved([runner.call for runner in runners], runs)
     batch, measured = batch_size(example_inputs), zip(entries, runners, samples, strict=True)
     return {name: _latency(taken, runner, threads, batch) for name, runner, taken in measured}
@@ -189,7 +168,7 @@ def _check_settings(runs: int, threads: int, runtime: str) -> None:
         raise ExportError(f"runtime={runtime!r} is unknown; pass one of {', '.join(map(repr, RUNTIMES))}")
 
 
-def _latency(samples_ms: Sequence[float], runner: _Runner, threads: int, batch: int) -> Latency:
+def _latency(samples_ms: Sequence[float], runner: Runner, threads: int, batch: int) -> Latency:
     lower, median, upper = (float(q) for q in np.percentile(samples_ms, [25, 50, 75]))
     times, runs = tuple(samples_ms), len(samples_ms)
     return Latency(median, lower, upper, runs, threads, runner.runtime, batch, runner.size_bytes, times)
@@ -217,103 +196,3 @@ def _order(count: int, turn: int) -> list[int]:
     shift = turn % count
     order = [*range(shift, count), *range(shift)]
     return order[::-1] if turn // count % 2 else order
-
-
-def _runner(
-    entry: ModelOrPath, inputs: ExampleInputs, threads: int, runtime: str, stack: contextlib.ExitStack
-) -> _Runner:
-    if isinstance(entry, nn.Module):
-        if runtime == "eager":
-            return _eager_runner(entry, inputs)
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "model.onnx")
-        export_onnx(entry, inputs, path, dynamic_batch=False)
-        return _session_runner(path, inputs, threads, entry)
-    if not isinstance(entry, (str, os.PathLike)):
-        raise ExportError(f"a {type(entry).__name__} cannot be measured; pass a module or an .onnx path")
-    path = Path(entry)
-    if runtime == "eager":
-        raise ExportError(f"{path} cannot run in eager PyTorch; pass the module, or runtime='onnxruntime'")
-    if not path.is_file():
-        raise ExportError(f"{path} is not a file; export_onnx(model, example_inputs, path) writes one")
-    return _session_runner(path, inputs, threads)
-
-
-def _session_runner(
-    path: Path, inputs: ExampleInputs, threads: int, model: nn.Module | None = None
-) -> _Runner:
-    import onnxruntime
-
-    try:
-        session = open_session(path, threads)
-    except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime cannot load {path} ({str(error)[:200]}); write the file again with export_onnx"
-        ) from error
-    arrays = feed(session, named_inputs(model, inputs) if model else _file_inputs(session, inputs))
-
-    def call() -> Any:
-        return session.run(None, arrays)
-
-    try:
-        call()
-    except Exception as error:
-        takes = ", ".join(f"{value.name} {value.shape} {value.type}" for value in session.get_inputs())
-        raise InputError(
-            f"{path.name} takes {takes} and the example inputs are {describe(inputs)}; pass inputs of that "
-            "shape and dtype, or export the model with these ones"
-        ) from error
-    return _Runner(call, f"onnxruntime {onnxruntime.__version__}", _size_on_disk(path))
-
-
-def _file_inputs(session: Any, inputs: ExampleInputs) -> dict[str, torch.Tensor]:
-    """Tensors under the names that a dict gives them, which must be the graph's; else numbered in order."""
-    args, kwargs = as_arguments(inputs)
-    if not kwargs:
-        return {f"#{i}": tensor for i, tensor in enumerate(tensors_of(args))}
-    named, names = named_tensors(kwargs), [value.name for value in session.get_inputs()]
-    if set(named) != set(names):
-        raise InputError(
-            f"the ONNX graph takes {names} and the example inputs are named {list(named)}; pass a dict with "
-            "these names, or a tuple in this order"
-        )
-    return named
-
-
-def _size_on_disk(path: Path) -> int:
-    """Bytes of the ONNX file and of the files that its weights lie in."""
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    entries = [entry for tensor in graph.initializer for entry in tensor.external_data]
-    parts = {path, *(path.parent / entry.value for entry in entries if entry.key == "location")}
-    return sum(part.stat().st_size for part in parts)
-
-
-@contextlib.contextmanager
-def _eager_state(threads: int) -> Iterator[None]:
-    """Inference mode, ``threads`` CPU threads and a fixed random state; all put back afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode(), seeded():
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _eager_runner(model: nn.Module, inputs: ExampleInputs) -> _Runner:
-    """Runs a copy that shares the parameters: what a forward caches under inference mode dies with it."""
-    frozen = frozen_copy(model)
-    run(frozen, inputs)
-    args, kwargs = as_arguments(inputs)
-    tensors = [*frozen.parameters(), *frozen.buffers()]
-    devices = {t.device.type for t in [*tensors, *tensors_of(inputs)]} - {"cpu"}
-
-    def call() -> Any:
-        output = frozen(*args, **kwargs)
-        if devices:
-            torch.accelerator.synchronize()
-        return output
-
-    where = "".join(f" on {device}" for device in sorted(devices))
-    return _Runner(call, f"torch {torch.__version__} eager{where}", bytes_of(tensors))

@@ -33,7 +33,8 @@ from .passes.tracing import Part, parts_of, trace
 from .planning import ParetoFront, pareto, plan
 from .recalibration import recalibrate_batchnorm_
 from .recipe import LayerPlan, Plan
-from .reporting import Report, report
+from .reporting import report
+from .reports import Report
 from .saving import load, save
 from .sensitivities import Sensitivities, Sensitivity, sensitivities
 

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from fxbasis.errors import ExportError, FxBasisWarning, InputError
-from fxbasis.export import checking, exporters, measuring
+from fxbasis.export import checking, exporters, measuring, runners
 from fxbasis.export.exporting import export_onnx
 from fxbasis.export.measuring import WARM_UP, Latency, measure
 
@@ -64,7 +64,7 @@ def image(batch: int = 1) -> torch.Tensor:
 
 
 def latency(*samples_ms: float) -> Latency:
-    runner = measuring._Runner(lambda: None, "test", 1_500_000)
+    runner = runners.Runner(lambda: None, "test", 1_500_000)
     return measuring._latency(samples_ms, runner, 1, 2)
 
 
@@ -163,7 +163,7 @@ def test_example_inputs_run_as_they_are(conv_file: Path) -> None:
 def test_session_gets_the_stated_options(conv_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions: list[Any] = []
     monkeypatch.setattr(
-        measuring,
+        runners,
         "open_session",
         lambda *args: sessions.append(checking.open_session(*args)) or sessions[-1],
     )

@@ -16,7 +16,8 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 
 from fxbasis.errors import FxBasisWarning, MissingExtraError, UsageError
-from fxbasis.models import load_model, load_weights, parse_input
+from fxbasis.models import load_model, parse_input
+from fxbasis.weights import load_weights
 
 SOURCE = """
 from dataclasses import dataclass

@@ -78,6 +78,7 @@ LAYERS = {
         "export.exporters",
         "export.lowering",
         "export.exporting",
+        "export.runners",
         "export.measuring",
         "export.layer_graphs",
         "export.time_cache",
@@ -111,8 +112,9 @@ LAYERS = {
         "saving",
         "diagnosis",
     ],
-    4: ["canvas", "pictures", "reporting"],
+    4: ["canvas", "pictures", "reports", "reporting"],
     5: [
+        "weights",
         "models",
         "images",
         "demo.network",

@@ -11,7 +11,8 @@ from torch import nn
 from ..compression import compress, plan_of
 from ..passes.folding import fold
 from ..passes.numbering import number_convs
-from ..reporting import Report, report
+from ..reporting import report
+from ..reports import Report
 from .digits import accuracy, load_digits_split
 from .network import digits_resnet
 
