@@ -68,7 +68,9 @@ def _session_runner(
         raise ExportError(
             f"ONNX Runtime cannot load {path} ({str(error)[:200]}); write the file again with export_onnx"
         ) from error
-    arrays = feed(session, named_inputs(model, inputs) if model else _file_inputs(session, inputs))
+    arrays = feed(
+        session, named_inputs(model, inputs) if model is not None else _file_inputs(session, inputs)
+    )
 
     def call() -> Any:
         return session.run(None, arrays)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .calibrating import fit_to_data_
 from .choices import asked_for
 from .compositions import ReducedComposition
+from .copying import copy_model
 from .errors import FxBasisWarning, InputError, PlanError, SelectionError
 from .forms import BasisConv2d, layer_plan
 from .kernels import kernel_of
@@ -25,7 +26,7 @@ from .passes.settings import WeightOf
 from .planning import plan_for
 from .proving import rewrite_difference
 from .recipe import FORECAST, Plan
-from .running import ExampleInputs, copy_model
+from .running import ExampleInputs
 from .sensitivities import estimator_for
 from .subjects import Subject, subject_of
 from .timing import without_slower

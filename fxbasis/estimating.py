@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .copying import copy_model
 from .datafit import error_of, squared
 from .divergence import divergence
 from .proposals import Proposal, shift_of
 from .recipe import LayerPlan
-from .running import ExampleInputs, copy_model, run, seeded
+from .running import ExampleInputs, run, seeded
 from .statistics import inner_products
 from .subjects import IMAGES, Subject, built, first_images, plan_with, take_off_
 from .sweeping import sweep

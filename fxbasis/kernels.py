@@ -29,7 +29,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from .contexts import contexts, open_contexts
-from .running import copy_model, in_mode, seeded, tensors_of
+from .copying import copy_model
+from .running import in_mode, seeded, tensors_of
 
 __all__ = [
     "Kernel",

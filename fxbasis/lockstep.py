@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .running import ExampleInputs, as_arguments, in_mode, map_tensors, seeded
+from .running import ExampleInputs, as_arguments, in_mode, map_tensors, seeded, uncompiled
 
 __all__ = ["lockstep"]
 
@@ -101,7 +101,7 @@ def lockstep(
         layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()
     ]
     try:
-        with seeded(), in_mode(model, False):
+        with seeded(), in_mode(model, False), uncompiled():
             for inputs in batches:
                 runners.append(_Runner(model, inputs))
             mine |= {runner.thread.ident or 0: runner for runner in runners}

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from .comparing import Difference, check_equal
+from .copying import copy_to_run
 from .errors import InputError, VerificationError
 from .forms import BasisConv2d
 from .kernels import kernel_of, makers_of, original_forward
 from .passes.numbering import conv_layers
 from .passes.tracing import python_in_train
-from .running import ExampleInputs, copy_to_run, in_mode, run
+from .running import ExampleInputs, in_mode, run
 
 __all__ = ["rewrite_difference"]
 

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import copy
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ import torch.fx
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from .errors import FxBasisError, InputError, LayerError, TraceError
+from .errors import FxBasisError, InputError, LayerError
 
-KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
+COMPILED = "_orig_mod"
 _NO_NEST = (type(None), bool, int, float, str)
-_EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
-Model = TypeVar("Model", bound=nn.Module)
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -145,6 +143,21 @@ def train_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
             ) from error
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` made it, from a module that it holds as ``COMPILED``."""
+    return type(module).__qualname__ == "OptimizedModule" and COMPILED in module._modules
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what ``torch.compile`` made as plain Python, since what is put around modules is not compiled."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """The model's answer to a copy of the inputs, which it may change; its failure as an InputError.
 
@@ -153,7 +166,8 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """
     args, kwargs = as_arguments(map_tensors(torch.clone, example_inputs))
     try:
-        return model(*args, **kwargs)
+        with uncompiled():
+            return model(*args, **kwargs)
     except FxBasisError:
         raise
     except Exception as error:
@@ -194,42 +208,6 @@ def batch_size(example_inputs: ExampleInputs) -> int:
     """
     sizes = [tensor.shape[0] for tensor in tensors_of(example_inputs) if tensor.ndim > 0]
     return sizes[0] if sizes else 1
-
-
-def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
-    """A deep copy; with ``share_parameters`` only structure and buffers are copied.
-
-    Computed tensors that modules hold (the weight that old-style weight_norm or pruning made, a cached
-    output), which deepcopy refuses, are copied without their history.
-
-    Raises:
-        TraceError: when something that the model holds cannot be copied.
-    """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    parts = [
-        part for module in model.modules() for part in vars(module).values() if type(part) not in _NO_NEST
-    ]
-    memo |= {id(part): part.copy() for part in parts if type(part) in _EMPTY and not part}
-    held = tensors_of([part for part in parts if id(part) not in memo])
-    memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be deep-copied ({error}); take what cannot be copied "
-            "(a generator, a lock, an open file) off the model first"
-        ) from error
-
-
-def copy_to_run(model: Model) -> Model:
-    """A copy for a run; it shares the parameters where ``trace`` has seen that forward does not change them.
-
-    Raises:
-        TraceError: when something that the model holds cannot be copied.
-    """
-    return copy_model(model, share_parameters=getattr(model, KEEPS_PARAMETERS, False) is True)
 
 
 def load_values(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration_data import checked, inputs_of
+from .copying import copy_model
 from .divergence import divergence
 from .errors import InputError
 from .files import check_target
@@ -26,7 +27,7 @@ from .passes.tracing import trace
 from .proposals import excluded
 from .recipe import LayerPlan, Plan
 from .refitting import batchnorms_behind
-from .running import ExampleInputs, batch_size, copy_model, run, tensors_of
+from .running import ExampleInputs, batch_size, run, tensors_of
 from .statistics import LayerStatistics, collect
 from .statistics_file import read_statistics, write_statistics
 

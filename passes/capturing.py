@@ -34,7 +34,8 @@ import torch
 from torch import fx, nn
 
 from ..contexts import contexts
-from ..running import copy_model, seeded
+from ..copying import copy_model
+from ..running import seeded
 from .graphs import ObstacleError
 from .guarding import ContextError, GuardedTracer, blamed_on
 

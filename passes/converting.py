@@ -14,13 +14,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..copying import Model, copy_model
 from ..errors import SelectionError
 from ..factors import step_weight
 from ..fitting import gauge_factors
 from ..forms import BasisConv2d
 from ..gauge import regauge
 from ..recipe import LayerPlan
-from ..running import Model, become, copy_model
+from ..running import become
 from ..structures import FORMS
 from .folding import chains_in, join
 from .numbering import conv_layers

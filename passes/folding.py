@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from ..copying import Model, copy_model
 from ..errors import LayerError
 from ..forms import LAYER, BasisConv2d
-from ..running import Model, become, copy_model
+from ..running import become
 from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
 from .rewriting import graphs_in, names_of

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..carrying import has_hooks
 from ..contexts import open_contexts
+from ..running import tensors_of
 from .graphs import ObstacleError
 
 __all__ = ["ContextError", "GuardedTracer", "blamed_on", "definition_of"]
@@ -84,7 +86,7 @@ class GuardedTracer(fx.Tracer):
     def __init__(self, leaves: Collection[str] = ()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = leaves
-        self.context = open_contexts()
+        self.context: tuple[Any, ...] = ()
         self.refused: ObstacleError | None = None
         self.entered: set[str] = set()
         self.texts: dict[str, ObstacleError] = {}
@@ -105,6 +107,12 @@ class GuardedTracer(fx.Tracer):
         """Refuse to trace on; kept, since the model may catch it and go another way."""
         self.refused = self.refused or ObstacleError(f"{reason} ({_caller()})", self.scope.module_path)
         raise self.refused
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of a module; what it computes from its own tensors beside it is refused."""
+        with _Computed(self, root):
+            self.context = open_contexts()
+            return super().trace(root, concrete_args)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A guarded value."""
@@ -178,6 +186,23 @@ class _Held(_Guarded, ParameterProxy):
     def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, held: torch.Tensor) -> None:
         fx.Proxy.__init__(self, node, tracer)
         vars(self).update(param=held, name=name)
+
+
+class _Computed(TorchDispatchMode):
+    """Refuses results of parameters and buffers that were reached past ``getattr``, by ``parameters()`` say.
+
+    fx sees none of it, and would keep what was computed then as a constant.
+    """
+
+    def __init__(self, tracer: GuardedTracer, root: nn.Module) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.held = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(id(tensor) in self.held for tensor in tensors_of((args, kwargs))):
+            self.tracer.refuse("it computes from its parameters or buffers, which a graph would not do again")
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

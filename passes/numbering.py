@@ -15,12 +15,13 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from ..copying import copy_to_run
 from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError
 from ..forms import BasisConv2d, as_form, layer_plan
 from ..kernels import KernelError, class_of, held_besides, kernel_of, weight_hooks
 from ..recipe import LayerPlan
-from ..running import ExampleInputs, copy_to_run
+from ..running import ExampleInputs
 from ..structures import FORMS, form_macs, form_params
 from .base import CONV_NUMBER, FxPass, call_sites
 from .records import COMPRESSED, DEPTHWISE, NO_GAIN, OK, UNSUPPORTED, ConvRecord, ConvTable

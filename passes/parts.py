@@ -20,7 +20,7 @@ from torch import fx, nn
 from ..comparing import check_equal
 from ..errors import FxBasisError
 from ..forms import BasisConv2d
-from ..running import ExampleInputs, as_arguments, become, map_tensors
+from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled, map_tensors
 from ..snapshots import Snapshot, buffer_values
 from .calls import given_arguments, left_defaults, wrapped
 from .capturing import capture
@@ -117,7 +117,7 @@ class _Search:
         self.parts.pop(name, None)
         if reason != _NOT_CALLED:
             self.parts[name] = Part(name, False, reason)
-        return self._new(f"{name}.{key}".lstrip(".") for key, _ in module.named_children())
+        return self._new(_children(name, module))
 
     def _new(self, names: Iterable[str]) -> list[tuple[str, nn.Module]]:
         """Those of the named submodules that hold convolutions and were not tried yet."""
@@ -130,13 +130,15 @@ class _Search:
             if isinstance(module, fx.GraphModule):
                 self.parts[name] = Part(name, True)
             elif type(module).forward is nn.Module.forward:  # a ModuleList is never called
-                found += self._new(f"{name}.{key}" for key, _ in module.named_children())
+                found += self._new(_children(name, module))
             else:
                 found.append((name, module))
         return found
 
     def _arguments(self, name: str, module: nn.Module) -> Collection[str]:
-        """The arguments that calls of the module give; refuses what is not called."""
+        """The arguments that calls of the module give; refuses what is not called, or not to be traced."""
+        if is_compiled(module):
+            raise ObstacleError("torch.compile made it, and runs the module in it")
         if self.inputs is None:
             if name and left_defaults(module, ()):
                 raise ObstacleError("which of its arguments are given is unknown; pass example inputs")
@@ -152,6 +154,12 @@ class _Search:
 
 _NOT_CALLED = "it is not called itself"
 _SINGLE = (nn.Conv2d, BasisConv2d, torch.jit.ScriptModule)
+
+
+def _children(name: str, module: nn.Module) -> Iterator[str]:
+    if is_compiled(module):  # a GraphModule directly in it would break its deepcopy
+        name, module = f"{name}.{COMPILED}".lstrip("."), module.get_submodule(COMPILED)
+    return (f"{name}.{key}".lstrip(".") for key, _ in module.named_children())
 
 
 def _holds_convs(module: nn.Module) -> bool:

@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..copying import copy_model, copy_to_run
 from ..costs import dense_macs, dense_params
 from ..forms import BasisConv2d
 from ..recipe import LayerPlan
-from ..running import ExampleInputs, batch_size, copy_model, copy_to_run
+from ..running import ExampleInputs, batch_size
 from ..structures import break_even_rank
 from .base import MACS, FxPass
 from .counting import MacCounter, count_macs

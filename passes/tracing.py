@@ -18,9 +18,10 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ..copying import KEEPS_PARAMETERS, Model, copy_model
 from ..errors import FxBasisWarning, LayerError, TraceError
 from ..forms import BasisConv2d
-from ..running import KEEPS_PARAMETERS, ExampleInputs, Model, copy_model
+from ..running import ExampleInputs
 from .graphs import ObstacleError
 from .guarding import definition_of
 from .parts import Part, become_graphs, find_parts

@@ -273,6 +273,28 @@ class Experts(Base):
         return sum(part(y) * weights[:, i, None, None, None].mean() for i, part in enumerate(self.experts))
 
 
+@hard
+def compiled() -> nn.Module:
+    return torch.compile(Base(), backend="eager")
+
+
+@hard
+class CompiledPart(Base):
+    def prepare(self) -> None:
+        self.last = torch.compile(self.last, backend="eager")
+        self.tail = torch.compile(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()), backend="eager")
+
+    def forward(self, x: Tensor) -> Any:
+        return self.tail(self.out(x))
+
+
+@hard
+class CompiledFunction(Base):
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x).mean((2, 3))
+
+
 def assert_same(expected: Any, found: Any, tolerance: float) -> None:
     assert type(expected) is type(found)
     for one, other in zip(tree_leaves(expected), tree_leaves(found), strict=True):

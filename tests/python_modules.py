@@ -223,6 +223,22 @@ class ParameterBranch(Base):
 
 
 @python
+class ReturnsItsPenalty(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x), sum(parameter.square().sum() for parameter in self.parameters())
+
+
+@python
+class ScalesByItsBuffers(Base):
+    def prepare(self) -> None:
+        self.register_buffer("scale", torch.rand(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        held = [buffer.mean() for buffer in self.buffers() if buffer.is_floating_point()]
+        return self.out(x) * torch.stack(held).sum()
+
+
+@python
 class MakesAModule(Base):
     def forward(self, x: Tensor) -> Any:
         return nn.Conv2d(6, 2, 1)(self.out(x))

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxbasis import refitting
+from fxbasis.copying import copy_model
 from fxbasis.costs import ConvShape
 from fxbasis.forms import BasisConv2d
 from fxbasis.passes.numbering import conv_layers
 from fxbasis.passes.rewriting import rewrite
 from fxbasis.refitting import batchnorms_behind, refit_in_sequence_, refittable, targets_of
-from fxbasis.running import copy_model
 from fxbasis.structures import FORMS
 from fxbasis.subjects import plan_with, subject_of
 

@@ -28,6 +28,7 @@ LAYERS = {
         "paper",
         "contexts",
         "running",
+        "copying",
         "calibration_data",
         "recalibration",
         "snapshots",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from fxbasis.copying import copy_model
 from fxbasis.errors import InputError, LayerError, TraceError
 from fxbasis.running import (
     as_arguments,
     batch_size,
     become,
-    copy_model,
     describe,
     in_mode,
     load_values,

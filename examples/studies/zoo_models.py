@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxbasis.copying import copy_model
 from fxbasis.errors import FxBasisError
 from fxbasis.models import load_model
-from fxbasis.running import copy_model, run, tensors_of
+from fxbasis.running import run, tensors_of
 
 SIDES = (64, 96, 128, 160)
 SMALL = ("test", "atto", "femto", "pico", "nano", "xxs", "xs", "tiny", "mini", "small", "_s", "b0", "_t")

@@ -1,0 +1,79 @@
+"""A deep copy holds together: what it calls is the copy."""
+
+import weakref
+from typing import Any
+
+import torch
+from behaviour import X
+from torch import Tensor, nn
+
+from fxbasis import compress, load, save
+from fxbasis.copying import copy_model
+
+
+class Entangled(nn.Module):
+    """Functions and a weak reference that lead back to the model, in closures of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+        self.seen: list[Tensor] = []
+        self.first.register_forward_hook(lambda module, args, output: self.seen.append(output))
+        self.first.parent = weakref.ref(self)
+        plain, unrelated = self.last.forward, [1.0]
+        self.last.forward = lambda x: plain(x) * unrelated[0] + self.first.bias.sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)) * self.first.parent().first.weight.sum()
+
+
+def test_the_copy_reads_and_writes_nothing_of_the_original() -> None:
+    model = Entangled()
+    expected, model.seen = model(X), []
+    copied = copy_model(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(X), expected)
+    assert not model.seen
+    assert len(copied.seen) == 1
+
+
+def test_a_copy_of_the_copy_is_as_independent() -> None:
+    first = copy_model(Entangled())
+    second = copy_model(first)
+    assert second.first.parent() is second
+    second(X)
+    assert (len(first.seen), len(second.seen)) == (0, 1)
+
+
+def test_functions_that_lead_elsewhere_are_kept() -> None:
+    model, other = nn.Sequential(nn.Conv2d(3, 4, 1)), nn.ReLU()
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return other(output)
+
+    model[0].register_forward_hook(hook)
+    assert next(iter(copy_model(model)[0]._forward_hooks.values())) is hook
+
+
+def test_a_function_that_calls_itself() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+
+    def again(module: nn.Module, args: Any, output: Tensor, depth: int = 2) -> Tensor:
+        return model[0].weight.sum() * (again(module, args, output, depth - 1) if depth else output)
+
+    model[0].register_forward_hook(again)
+    expected, copied = model(X), copy_model(model)
+    nn.init.zeros_(model[0].weight)
+    assert torch.equal(copied(X), expected)
+
+
+def test_loaded_into_a_model_with_a_replaced_forward(tmp_path: Any) -> None:
+    def made() -> nn.Module:
+        model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1))
+        model[1].forward = lambda x: nn.functional.conv2d(x, model[1].weight.abs())
+        return model.eval()
+
+    small = compress(made(), X, layers=[1], size=4)
+    assert torch.equal(load(made(), save(small, tmp_path))(X), small(X))
