@@ -188,14 +188,14 @@ class _Held(_Guarded, ParameterProxy):
         vars(self).update(param=held, name=name)
 
 
-class _Computed(TorchDispatchMode):
+class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses results of parameters and buffers that were reached past ``getattr``, by ``parameters()`` say.
 
     fx sees none of it, and would keep what was computed then as a constant.
     """
 
     def __init__(self, tracer: GuardedTracer, root: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
         self.held = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
 
