@@ -65,11 +65,14 @@ def copy_to_run(model: Model) -> Model:
 
 
 def _rebind(copied: nn.Module, memo: dict[int, Any]) -> None:
-    """Turn attributes and hooks that lead to the original to the copy."""
+    """Turn attributes and hooks, and what lists and dicts hold, that lead to the original to the copy."""
     for module in copied.modules():
         attributes = vars(module)
-        for held in (attributes, *(part for part in attributes.values() if type(part) in _EMPTY and part)):
-            for key, value in held.items() if isinstance(held, dict) else ():
+        for held in (attributes, *attributes.values()):
+            entries = (
+                held.items() if isinstance(held, dict) else enumerate(held) if type(held) is list else ()
+            )
+            for key, value in list(entries):
                 if type(value) in (FunctionType, weakref.ref):
                     held[key] = _rebound(value, memo)
 

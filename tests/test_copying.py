@@ -20,11 +20,12 @@ class Entangled(nn.Module):
         self.seen: list[Tensor] = []
         self.first.register_forward_hook(lambda module, args, output: self.seen.append(output))
         self.first.parent = weakref.ref(self)
+        self.steps = [lambda x: self.first(x)]
         plain, unrelated = self.last.forward, [1.0]
         self.last.forward = lambda x: plain(x) * unrelated[0] + self.first.bias.sum()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x)) * self.first.parent().first.weight.sum()
+        return self.last(self.steps[0](x)) * self.first.parent().first.weight.sum()
 
 
 def test_the_copy_reads_and_writes_nothing_of_the_original() -> None:
