@@ -40,6 +40,7 @@ from .graphs import ObstacleError
 from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
+_ATOMS = frozenset({type(None), bool, int, float, str})
 _COUNTED = (int, float, str, list, dict, set, deque)
 
 __all__ = ["Capture", "capture"]
@@ -184,7 +185,7 @@ def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
 
 def _inside(value: Any, depth: int = 4) -> Any:
     """A picture of a value: containers and objects opened, random generators and tensors by their state."""
-    if depth == 0 or value is None or isinstance(value, (int, float, str, type, nn.Module)):
+    if type(value) in _ATOMS or depth == 0 or isinstance(value, (int, float, str, type, nn.Module)):
         return value
     if isinstance(value, (dict, Mapping)):  # most are of hooks, and empty
         return {key: _inside(part, depth - 1) for key, part in value.items()} if value else Mapping
@@ -219,7 +220,11 @@ def _around(function: FunctionType) -> dict[str, Any]:
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    return {key for key, value in after.items() if key not in before or not _same(before[key], value)}
+    return {
+        key
+        for key, value in after.items()
+        if key not in before or not (before[key] is value or _same(before[key], value))
+    }
 
 
 def _same(one: Any, other: Any) -> bool:
