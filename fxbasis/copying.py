@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .errors import TraceError
@@ -37,6 +38,8 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("the model is a ScriptModule, which is closed; pass the nn.Module it was made of")
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
     parts = [
         part for module in model.modules() for part in vars(module).values() if type(part) not in _NO_NEST

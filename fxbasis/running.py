@@ -79,7 +79,7 @@ def describe(example_inputs: Any) -> str:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Put every module into train or eval mode, and each back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # frozen ScriptModules: none
     for module, _ in modes:
         module.training = training
     try:

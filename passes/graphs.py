@@ -50,7 +50,7 @@ class TracedModule(fx.GraphModule, _Blank):
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
         super().__init__(root, graph, class_name)
         for key, value in root.__dict__.items():
-            if key in _STATE or key.endswith("_hooks") or key not in self.__dict__:
+            if key in _STATE or "_hook" in key or key not in self.__dict__:
                 self.__dict__[key] = value
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -217,12 +217,19 @@ def hooks_with_keywords() -> nn.Module:
     model.conv.register_forward_hook(lambda m, a, k, out: out * 2, with_kwargs=True, always_call=True)
     model.bn.register_forward_pre_hook(lambda m, a, k: ((a[0] + 1,), k), with_kwargs=True)
     model.bn.register_full_backward_pre_hook(lambda m, out: tuple(g * 3 for g in out))
+    model.register_forward_pre_hook(lambda m, a, k: ((a[0] * 2,), k), with_kwargs=True)
     return model
 
 
 @hard
 def jit_traced_part() -> nn.Module:
     return nn.Sequential(Base(), torch.jit.trace(nn.Conv2d(6, 6, 1), torch.rand(1, 6, 4, 4)))
+
+
+@hard
+def frozen_script_part() -> nn.Module:
+    part = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU()).eval()))
+    return nn.Sequential(Base(), part)
 
 
 @hard

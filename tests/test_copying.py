@@ -3,11 +3,12 @@
 import weakref
 from typing import Any
 
+import pytest
 import torch
 from behaviour import X
 from torch import Tensor, nn
 
-from fxbasis import compress, load, save
+from fxbasis import ExportError, TraceError, compress, export_onnx, load, number_convs, profile, save, trace
 from fxbasis.copying import copy_model
 
 
@@ -26,6 +27,10 @@ class Entangled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.steps[0](x)) * self.first.parent().first.weight.sum()
+
+
+def export(model: nn.Module, x: Tensor) -> None:
+    export_onnx(model, x, "never.onnx")
 
 
 def test_the_copy_reads_and_writes_nothing_of_the_original() -> None:
@@ -68,6 +73,12 @@ def test_a_function_that_calls_itself() -> None:
     expected, copied = model(X), copy_model(model)
     nn.init.zeros_(model[0].weight)
     assert torch.equal(copied(X), expected)
+
+
+@pytest.mark.parametrize("verb", [trace, number_convs, profile, export])
+def test_a_script_module_is_refused(verb: Any) -> None:
+    with pytest.raises((TraceError, ExportError), match="ScriptModule, which is closed; pass"):
+        verb(torch.jit.trace(nn.Conv2d(3, 4, 1), X), X)
 
 
 def test_loaded_into_a_model_with_a_replaced_forward(tmp_path: Any) -> None:
