@@ -13,7 +13,16 @@ from conftest import FunctionalNet, PlainNet, build
 from scipy.stats import spearmanr
 from torch import nn
 
-from fxbasis import FxBasisError, InputError, LayerError, SelectionError, compress, profile, sensitivities
+from fxbasis import (
+    FxBasisError,
+    InputError,
+    LayerError,
+    SelectionError,
+    compress,
+    profile,
+    screening,
+    sensitivities,
+)
 from fxbasis.demo.digits import load_digits_split
 from fxbasis.demo.network import digits_resnet
 from fxbasis.proposals import PROPOSED
@@ -88,6 +97,14 @@ def test_a_first_look_rules_out_forms_of_all_that_stand_by_default() -> None:
     assert [row for row in whole if row.layer.form not in table.ruled_out[row.layer.name]] == [*table]
     assert "ruled out at a first look: " in str(table)
     assert table.to_dict()["ruled_out"]["conv2"] == list(table.ruled_out["conv2"])
+
+
+def test_a_long_search_is_for_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, given = build("plain"), {"calibration": DATA, "estimator": "kfac", "layers": "conv2"}
+    monkeypatch.setattr(screening, "SMALL", {"cp": 1})
+    table = sensitivities(net, net.example, **given)
+    assert "cp" in table.ruled_out["conv2"]
+    assert {row.layer.form for row in sensitivities(net, net.example, forms=["cp"], **given)} == {"cp"}
 
 
 def _of(rows: list[Any], form: str) -> list[Any]:
