@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +22,33 @@ from torch import Tensor
 from .cp import cp, largest_cp
 from .cp_starts import principal
 from .factors import folded
-from .fitting import fit, gauge_factors, named
+from .fitting import decomposed, fit, gauge_factors, named, sliced
 from .gauge import regauge
 from .least_squares import ridge_solve
 from .recipe import LayerPlan
 
-__all__ = ["error_of", "features", "fit_to_data", "refit", "renewed", "short_fits", "squared"]
+__all__ = [
+    "DIRECT",
+    "SHORT",
+    "Kept",
+    "error_of",
+    "features",
+    "fit_to_data",
+    "refit",
+    "renewed",
+    "short_fits",
+    "squared",
+]
 
-WORK, SHORT_WORK = 60e9, 20e9
-"""Multiply-adds that renewing one layer may take, and the sweeps of a short fit."""
+WORK, SHORT_WORK, SWEEPS_WORK = 60e9, 4e9, 20e9
+"""Multiply-adds that renewing a layer may take, thoroughly and in a short fit, and sweeps of the latter."""
 ROUNDS, SHORT, STEPS, SWEEPS = 8, 1, 6, 15
 """Rounds of a thorough fit and of a short one, steps of conjugate gradients, sweeps before a short fit."""
 DAMPING = 1e-3
+DIRECT = ("output", "gauge", "reduced")
+"""Forms whose fit to data needs no start."""
 Weights = dict[str, Tensor]
+Kept = dict[str, Any]
 
 
 def fit_to_data(
@@ -43,6 +58,7 @@ def fit_to_data(
     metric: Tensor,
     start: Weights | None = None,
     rounds: int = ROUNDS,
+    kept: Kept | None = None,
 ) -> Weights:
     """The weights of the steps by name, in float64.
 
@@ -53,13 +69,18 @@ def fit_to_data(
         metric: (C, C), of the outputs.
         start: a fit to the weight, by default the best one.
         rounds: in which the steps are renewed, of forms that have no closed solution.
+        kept: decompositions that serve all ranks, of one layer; filled here.
     """
     weight = weight.detach().to("cpu", torch.float64)
-    if not moment.any() or not moment.isfinite().all() or plan.steps[-1].groups != plan.groups:
+    powers = moment.diagonal(dim1=-2, dim2=-1)  # of second moments they bound all others
+    if not powers.any() or not powers.isfinite().all() or plan.steps[-1].groups != plan.groups:
         return start or fit(weight, plan)  # no input was seen, or filters of several groups share a basis
-    metric = _damped(metric)
     if plan.form in ("output", "gauge"):
-        return _projected(weight, plan, moment, metric)
+        kept = {} if kept is None else kept
+        if "projection" not in kept:
+            kept["projection"] = _leading(weight, moment, _damped(metric))
+        return _projected(weight, plan, *kept["projection"])
+    metric = _damped(metric)
     if plan.form == "reduced":
         return fit(weight, plan, moment)
     return renewed(weight, plan, start or fit(weight, plan), moment, metric, rounds)
@@ -78,39 +99,51 @@ def blocks_of(metric: Tensor, groups: int) -> Tensor:
     return torch.stack([metric[part, part] for part in parts])
 
 
-def short_fits(
-    weight: Tensor, plans: Sequence[LayerPlan], starts: dict[str, list[Tensor]] | None = None
-) -> list[Weights]:
+def short_fits(weight: Tensor, plans: Sequence[LayerPlan], kept: Kept | None = None) -> list[Weights]:
     """Fits to the weight, all of one layer, to compare ranks by: of cp a few sweeps, of tucker2 and tt none.
 
-    The start of all ranks of cp is one decomposition, which ``starts`` keeps for other ranks of the layer.
+    One decomposition serves all ranks of a form; ``kept`` keeps it for other ranks of the layer.
     """
-    blocks = weight.detach().double().reshape(plans[0].groups, -1, *weight.shape[1:]) if plans else weight
-    starts = {} if starts is None else starts
+    kept = {} if kept is None else kept
     found = []
     for plan in plans:
-        if plan.form not in ("cp", "cp4"):
-            found.append(fit(weight, replace(plan, method="svd") if plan.form in ("tucker2", "tt") else plan))
-            continue
-        factors = 3 if plan.form == "cp" else 4
-        if plan.form not in starts:
-            starts[plan.form] = principal(blocks, largest_cp(blocks.shape[1:], factors), factors)
-        rank = plan.rank // plan.groups
-        sweeps = int(min(SWEEPS, max(2, SHORT_WORK // (2 * blocks[0].numel() * rank))))
-        made = cp(blocks, rank, factors, sweeps=sweeps, starts=1, first=starts[plan.form])
-        found.append(named(made, plan))
+        if plan.form in ("cp", "cp4"):
+            found.append(_short_cp(weight, plan, kept))
+        elif plan.form in ("tucker2", "tt"):
+            found.append(fit(weight, replace(plan, method="svd")))
+        elif plan.form == "reduced":
+            found.append(fit(weight, plan))
+        else:
+            if plan.form not in kept:
+                kept[plan.form] = decomposed(weight, plan)
+            found.append(sliced(kept[plan.form], weight, plan))
     return found
 
 
-def _projected(weight: Tensor, plan: LayerPlan, moment: Tensor, metric: Tensor) -> Weights:
-    """Output PCA in the metric, group by group."""
-    groups, rank = plan.groups, plan.rank // plan.groups
+def _short_cp(weight: Tensor, plan: LayerPlan, kept: Kept) -> Weights:
+    blocks = weight.detach().double().reshape(plan.groups, -1, *weight.shape[1:])
+    factors = 3 if plan.form == "cp" else 4
+    if plan.form not in kept:
+        kept[plan.form] = principal(blocks, largest_cp(blocks.shape[1:], factors), factors)
+    rank = plan.rank // plan.groups
+    sweeps = int(min(SWEEPS, max(2, SWEEPS_WORK // (2 * blocks[0].numel() * rank))))
+    return named(cp(blocks, rank, factors, sweeps=sweeps, starts=1, first=kept[plan.form]), plan)
+
+
+def _leading(weight: Tensor, moment: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Output PCA in the metric, group by group: composition and basis of every rank, best first."""
+    groups = len(moment)
     rows = weight.reshape(groups, -1, moment.shape[1])
     values, vectors = torch.linalg.eigh(blocks_of(metric, groups))
     roots = values.clamp(min=1e-6 * float(values.max())).sqrt()
     root, back = (vectors * roots[:, None] @ vectors.mT, vectors / roots[:, None] @ vectors.mT)
-    leading = torch.linalg.eigh(root @ rows @ moment @ rows.mT @ root)[1].flip(2)[:, :, :rank]
-    composition, basis = back @ leading, leading.mT @ root @ rows
+    leading = torch.linalg.eigh(root @ rows @ moment @ rows.mT @ root)[1].flip(2)
+    return back @ leading, leading.mT @ root @ rows
+
+
+def _projected(weight: Tensor, plan: LayerPlan, composition: Tensor, basis: Tensor) -> Weights:
+    rank = plan.rank // plan.groups
+    composition, basis = composition[:, :, :rank], basis[:, :rank]
     if plan.form == "gauge":
         return gauge_factors(regauge(composition, basis))
     shape = (-1, *weight.shape[1:])
@@ -167,10 +200,10 @@ def renewed(
     metric: Tensor,
     rounds: int,
 ) -> Weights:
-    """The steps after so many rounds of renewing each of them in turn, or as many as ``WORK`` buys."""
+    """The steps after so many rounds of renewing each of them in turn, or as many as the work allows."""
     image, found = _image_in(moment, metric), refit(weight, plan, weights, moment)
     one = weight.numel() * moment.shape[1] * STEPS * (len(plan.steps) - 1)
-    for _ in range(min(rounds, int(WORK // one))):
+    for _ in range(min(rounds, int((WORK if rounds > SHORT else SHORT_WORK) // one))):
         for step in plan.steps[:-1]:
             name = f"{step.name}.weight"
             found[name] = _descend(_with(plan, found, name), found[name], weight, image)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .bases import decompose
+from .bases import Decomposition, decompose
 from .coding import encode_groups
 from .cp import cp
 from .gauge import Gauge, regauge
@@ -77,7 +77,14 @@ def fit(weight: Tensor, plan: LayerPlan, moment: Tensor | None = None) -> dict[s
         return named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
     if plan.form == "reduced":
         return _reduced(blocks.flatten(2), plan, ranks, moment)
-    return _matrix_fit(blocks, plan, ranks[0])
+    return sliced(decomposed(weight, plan), weight, plan)
+
+
+def decomposed(weight: Tensor, plan: LayerPlan) -> Decomposition:
+    """The decomposition of a form of two dense steps, for every rank."""
+    groups = plan.steps[-1].groups
+    blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
+    return decompose(_matrix(blocks, plan.form).flatten(0, 1), groups, plan.method)
 
 
 def _tucker2(blocks: Tensor, ranks: Ranks, method: str) -> tuple[Tensor, ...]:
@@ -120,10 +127,11 @@ def _matrix(blocks: Tensor, form: str) -> Tensor:
     return blocks.reshape(groups, filters, -1)
 
 
-def _matrix_fit(blocks: Tensor, plan: LayerPlan, rank: int) -> dict[str, Tensor]:
-    groups, filters, _, height, width = blocks.shape
-    rows = _matrix(blocks, plan.form)
-    found = decompose(rows.flatten(0, 1), groups, plan.method).factors(rank)
+def sliced(decomposition: Decomposition, weight: Tensor, plan: LayerPlan) -> dict[str, Tensor]:
+    """The weights of the steps at the plan's rank, from what ``decomposed`` gives."""
+    groups, (height, width) = plan.steps[-1].groups, weight.shape[2:]
+    filters, rank = weight.shape[0] // groups, plan.rank // groups
+    found = decomposition.factors(rank)
     if plan.form == "input":
         taps = found.basis.reshape(groups, rank, filters, height, width).transpose(1, 2)
         return {"basis.weight": found.composition.mT, "composition.weight": taps}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .compositions import GaugeComposition, ReducedComposition
-from .datafit import SHORT, fit_to_data, short_fits
+from .datafit import DIRECT, SHORT, Kept, fit_to_data, short_fits
 from .factors import folded
 from .passes.ranking import ranks_by_cost, rounded_down
 from .passes.records import NO_GAIN, OK, ConvRecord
@@ -94,7 +94,7 @@ def step_weights(
     proposals: Sequence[Proposal],
     weight: Tensor,
     statistics: LayerStatistics | None,
-    starts: dict[str, list[Tensor]] | None = None,
+    kept: Kept | None = None,
     *,
     with_mean: bool,
 ) -> list[dict[str, Tensor]]:
@@ -104,17 +104,19 @@ def step_weights(
         proposals: all of one layer.
         weight: of that layer, float64.
         statistics: of that layer, or None.
-        starts: as of ``short_fits``.
+        kept: decompositions that serve all ranks of the layer; filled here.
         with_mean: whether a constant can be added to its outputs.
     """
     layers = [proposal.layer for proposal in proposals]
-    short = short_fits(weight, layers, starts)
+    kept = {} if kept is None else kept
     if statistics is None:
-        return short
+        return short_fits(weight, layers, kept)
+    begun = [layer for layer in layers if layer.form not in DIRECT]
+    starts = {layer.key: start for layer, start in zip(begun, short_fits(weight, begun, kept), strict=True)}
     moment = statistics.covariance if with_mean else statistics.moment
     return [
-        fit_to_data(weight, layer, moment, statistics.metric, start, SHORT)
-        for layer, start in zip(layers, short, strict=True)
+        fit_to_data(weight, layer, moment, statistics.metric, starts.get(layer.key), SHORT, kept)
+        for layer in layers
     ]
 
 

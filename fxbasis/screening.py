@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
+from .datafit import Kept
 from .estimating import Fitted, by_statistics
 from .progress import progress
 from .proposals import Proposal, step_weights
@@ -41,14 +40,14 @@ def fitted_all(
     fits: dict[str, list[Fitted]] = {}
     ruled_out: dict[str, tuple[str, ...]] = {}
     for name, listed in progress(list(proposals.items()), "fitting"):
-        starts: dict[str, list[Tensor]] = {}
+        kept: Kept = {}
         slow = dict.fromkeys(one.layer.form for one in listed if screen and _is_slow(one))
         probes = _probes([one for one in listed if one.layer.form not in slow]) if screen else []
-        looked = _fitted(subject, name, probes, starts)
+        looked = _fitted(subject, name, probes, kept)
         lost = (*_lost(subject, name, looked), *slow)
         left = [one for one in listed if one.layer.form not in lost]
         known = {one.layer.key for one, _ in looked}
-        more = _fitted(subject, name, [one for one in left if one.layer.key not in known], starts)
+        more = _fitted(subject, name, [one for one in left if one.layer.key not in known], kept)
         weights = {one.layer.key: made for one, made in (*looked, *more)}
         fits[name] = [(one, weights[one.layer.key]) for one in left]
         if lost:
@@ -61,11 +60,9 @@ def _is_slow(one: Proposal) -> bool:
     return shape.out_channels // shape.groups > SMALL.get(one.layer.form, shape.out_channels)
 
 
-def _fitted(
-    subject: Subject, name: str, listed: Sequence[Proposal], starts: dict[str, list[Tensor]]
-) -> list[Fitted]:
+def _fitted(subject: Subject, name: str, listed: Sequence[Proposal], kept: Kept) -> list[Fitted]:
     statistics, free = subject.statistics.get(name), name in subject.with_mean
-    weights = step_weights(listed, subject.weight(name), statistics, starts, with_mean=free)
+    weights = step_weights(listed, subject.weight(name), statistics, kept, with_mean=free)
     return list(zip(listed, weights, strict=True))
 
 
