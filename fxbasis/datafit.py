@@ -162,12 +162,24 @@ def features(plan: LayerPlan, weights: Mapping[str, Tensor]) -> Tensor:
 
 def refit(weight: Tensor, plan: LayerPlan, weights: Mapping[str, Tensor], moment: Tensor) -> Weights:
     """The same steps with the composition that is best for the patches, in any metric of the outputs."""
-    basis = features(plan, weights)
+    basis, start = features(plan, weights), weights["composition.weight"]
     target = weight.reshape(plan.groups, -1, basis.shape[2])
-    image, start = moment @ basis.mT, weights["composition.weight"]
     rows = start.reshape(plan.groups, -1, basis.shape[1])
-    solved = ridge_solve(basis @ image, target @ image, rows)
+    height, width = plan.steps[-1].kernel_size
+    image, gram = _products(basis, moment, height * width)
+    solved = ridge_solve(gram, target @ image, rows)
     return {**weights, "composition.weight": solved.reshape(start.shape)}
+
+
+def _products(basis: Tensor, moment: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """(M F^T, F M F^T) of features F: those of one tap of the last step see only that tap of the patch."""
+    image = basis.new_empty(basis.mT.shape)
+    gram = basis.new_empty(len(basis), basis.shape[1], basis.shape[1])
+    for tap in range(taps):
+        image[:, :, tap::taps] = (basis[:, tap::taps, tap::taps] @ moment[:, tap::taps]).mT
+    for tap in range(taps):
+        gram[:, tap::taps] = basis[:, tap::taps, tap::taps] @ image[:, tap::taps]
+    return image, gram
 
 
 def error_of(weight: Tensor, other: Tensor, moment: Tensor, metric: Tensor | None = None) -> float:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxbasis import datafit
 from fxbasis.compositions import GaugeComposition, ReducedComposition
 from fxbasis.costs import ConvShape
 from fxbasis.datafit import DAMPING, error_of, features, fit_to_data, refit, renewed, short_fits, squared
@@ -56,6 +57,17 @@ def at(kind: str, form: str, part: float) -> LayerPlan:
     largest = FORMS[form].largest_ranks(shape)
     ranks = tuple(shape.groups * max(1, round(part * rank / shape.groups)) for rank in largest)
     return plan_of(kind, form, settled(form, shape, ranks))
+
+
+@shapes
+@pytest.mark.parametrize("form", STEPPED)
+def test_products_of_features_are_those_of_whole_patches(form: str, kind: str) -> None:
+    weight, moment, _ = case(kind)
+    plan = at(kind, form, 0.6)
+    found, (height, width) = features(plan, fit(weight, plan)), plan.steps[-1].kernel_size
+    image, gram = datafit._products(found, moment, height * width)
+    assert torch.allclose(image, moment @ found.mT, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(gram, found @ moment @ found.mT, rtol=1e-10, atol=1e-10)
 
 
 def made(plan: LayerPlan, weights: dict[str, Tensor]) -> Tensor:
