@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from .errors import TraceError
-from .running import tensors_of
+from .running import ATOMS, tensors_of
 
 __all__ = ["KEEPS_PARAMETERS", "Model", "copy_model", "copy_to_run"]
 
 KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
-_NO_NEST = (type(None), bool, int, float, str)
 _EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,9 +40,7 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("the model is a ScriptModule, which is closed; pass the nn.Module it was made of")
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
-    parts = [
-        part for module in model.modules() for part in vars(module).values() if type(part) not in _NO_NEST
-    ]
+    parts = [part for module in model.modules() for part in vars(module).values() if type(part) not in ATOMS]
     memo |= {id(part): part.copy() for part in parts if type(part) in _EMPTY and not part}
     held = tensors_of([part for part in parts if id(part) not in memo])
     memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}

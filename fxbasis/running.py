@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .errors import FxBasisError, InputError, LayerError
 
 COMPILED = "_orig_mod"
-_NO_NEST = (type(None), bool, int, float, str)
+ATOMS = frozenset({type(None), bool, int, float, str})
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -50,7 +50,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     """Every tensor in a nest of tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):
         return [value]
-    if type(value) in _NO_NEST:
+    if type(value) in ATOMS:
         return []
     if type(value) in (list, tuple, dict, OrderedDict):  # by pytree 10 us each, and runs have thousands
         parts = value.values() if isinstance(value, dict) else value

@@ -35,12 +35,11 @@ from torch import fx, nn
 
 from ..contexts import contexts
 from ..copying import copy_model
-from ..running import seeded
+from ..running import ATOMS, seeded
 from .graphs import ObstacleError
 from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
-_ATOMS = frozenset({type(None), bool, int, float, str})
 _COUNTED = (int, float, str, list, dict, set, deque)
 
 __all__ = ["Capture", "capture"]
@@ -185,7 +184,7 @@ def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
 
 def _inside(value: Any, depth: int = 4) -> Any:
     """A picture of a value: containers and objects opened, random generators and tensors by their state."""
-    if type(value) in _ATOMS or depth == 0 or isinstance(value, (int, float, str, type, nn.Module)):
+    if type(value) in ATOMS or depth == 0 or isinstance(value, (int, float, str, type, nn.Module)):
         return value
     if isinstance(value, (dict, Mapping)):  # most are of hooks, and empty
         return {key: _inside(part, depth - 1) for key, part in value.items()} if value else Mapping
