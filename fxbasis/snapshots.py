@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import types
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 __all__ = ["Snapshot", "buffer_values"]
 
+_Held: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
+_NOTHING: dict[str, Any] = {}
 _MODULE_KEYS = frozenset(vars(nn.Module())) | {"forward"}
 _PLAIN = frozenset(
     {bool, int, float, complex, str, bytes, type(None), torch.dtype, types.FunctionType, torch.fx.Graph}
@@ -21,17 +24,24 @@ _PLAIN = frozenset(
 
 
 class Snapshot:
-    """The buffers and plain attributes of a module and the random states, to be brought back.
+    """The buffers and plain attributes of modules and the random states, to be brought back.
 
     Until then the modules work on copies of their attributes, so that what is brought back was never touched.
+
+    Args:
+        modules: all that a run may change, such as ``model.modules()``.
+        since: an earlier one of the same modules that is brought back before anything runs: attributes need
+            no copies then, and its copies of buffers serve where these have not changed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._attributes = _lend_copies(modules)
-        self._members = [(members, dict(members)) for module in modules for members in _members_of(module)]
+    def __init__(self, modules: Iterable[nn.Module], since: Snapshot | None = None) -> None:
+        modules = list(modules)
+        self._attributes = _lend_copies(modules) if since is None else _attributes(modules)
+        members = [held for module in modules for held in _members_of(module)]
+        self._members = [(held, dict(held) if held else _NOTHING) for held in members]
+        known = {} if since is None else {id(buffer): values for _, _, buffer, values in since._buffers}
         self._buffers = [
-            (module._buffers, name, buffer, buffer.clone())
+            (module._buffers, name, buffer, _values(buffer, known.get(id(buffer))))
             for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -70,16 +80,27 @@ def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._buffers, module._parameters, module._modules
 
 
-def _lend_copies(modules: list[nn.Module]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _values(buffer: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor:
+    """A copy of the buffer: the known one where that still is the same."""
+    comparable = known is not None and known.layout is torch.strided and not known.is_meta
+    if known is not None and comparable and (known.shape, known.dtype) == (buffer.shape, buffer.dtype):
+        return known if torch.equal(known, buffer) else buffer.clone()
+    return buffer.clone()
+
+
+def _attributes(modules: Iterable[nn.Module]) -> list[_Held]:
+    """The attributes of each module, and what they hold now."""
+    held = (vars(module) for module in modules)
+    return [(own, {key: value for key, value in own.items() if key not in _MODULE_KEYS}) for own in held]
+
+
+def _lend_copies(modules: list[nn.Module]) -> list[_Held]:
     """Give every module copies of its attributes; returns the attributes of each, and what they held."""
     members = [part for module in modules for held in _members_of(module) for part in held.values()]
     memo: dict[int, Any] = {id(part): part for part in (*modules, *members)}
-    lent = []
-    for module in modules:
-        held = vars(module)
-        before = {key: value for key, value in held.items() if key not in _MODULE_KEYS}
-        held.update({key: _copied(value, memo) for key, value in before.items() if not _plain(value)})
-        lent.append((held, before))
+    lent = _attributes(modules)
+    for own, before in lent:
+        own.update({key: _copied(value, memo) for key, value in before.items() if not _plain(value)})
     return lent
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -40,6 +40,7 @@ from .graphs import ObstacleError
 from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
+_EMPTY = (OrderedDict, dict)
 _COUNTED = (int, float, str, list, dict, set, deque)
 
 __all__ = ["Capture", "capture"]
@@ -184,9 +185,18 @@ def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
 
 def _inside(value: Any, depth: int = 4) -> Any:
     """A picture of a value: containers and objects opened, random generators and tensors by their state."""
-    if type(value) in ATOMS or depth == 0 or isinstance(value, (int, float, str, type, nn.Module)):
+    kind = type(value)
+    if kind in ATOMS or depth == 0:
         return value
-    if isinstance(value, (dict, Mapping)):  # most are of hooks, and empty
+    if kind in _EMPTY and not value:  # most are of hooks
+        return kind
+    if kind is tuple and {*map(type, value)} <= ATOMS:
+        return value
+    if isinstance(value, (int, float, str, type, nn.Module)):
+        return value
+    if isinstance(value, torch.Tensor):
+        return value, None if value.is_inference() else value._version
+    if isinstance(value, (dict, Mapping)):
         return {key: _inside(part, depth - 1) for key, part in value.items()} if value else Mapping
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
@@ -194,8 +204,6 @@ def _inside(value: Any, depth: int = 4) -> Any:
         return value.getstate()
     if isinstance(value, np.random.Generator):
         return str(value.bit_generator.state)
-    if isinstance(value, torch.Tensor):
-        return value, None if value.is_inference() else value._version
     if isinstance(value, FunctionType):
         return [value, _inside(_around(value), depth - 1)]
     if callable(value):

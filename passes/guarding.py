@@ -218,16 +218,17 @@ def blamed_on(place: str) -> Iterator[None]:
     except Exception as error:
         said = str(error).partition(". ")[0]  # fx goes on with general advice
         raise ObstacleError(f"{type(error).__name__}: {said} ({_source_of(error)})", place) from error
-    if _random_state() != before:
+    if not _same_state(before, _random_state()):
         raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
 
 
-def _random_state() -> tuple[Any, ...]:
-    return (
-        bytes(torch.get_rng_state().numpy()),
-        random.getstate(),
-        np.random.get_state(legacy=False)["state"]["pos"],
-    )
+def _random_state() -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """Of torch, and of Python and NumPy."""
+    return torch.get_rng_state(), (random.getstate(), np.random.get_state(legacy=False)["state"]["pos"])
+
+
+def _same_state(one: tuple[torch.Tensor, Any], other: tuple[torch.Tensor, Any]) -> bool:
+    return one[1] == other[1] and torch.equal(one[0], other[0])
 
 
 def _source_of(error: BaseException) -> str:

@@ -209,11 +209,11 @@ def _compared(
 ) -> tuple[Any, str]:
     """The original's output, and why its graph does something else; the graph leaves no trace."""
     given, named = map_tensors(torch.clone, (args, kwargs))
-    before = Snapshot(module)
+    before = Snapshot(module.modules())
     output = original(*args, **kwargs)
-    after, expected = Snapshot(module), buffer_values(module)
+    after, expected = Snapshot(module.modules(), since=before), buffer_values(module)
     before.restore()
-    own = Snapshot(traced)
+    own = Snapshot([traced])  # whose submodules are those of the module
     traced.training = module.training
     what, remedy = f"its graph in {'train' if module.training else 'eval'}()", "it is kept as it is"
     try:

@@ -81,7 +81,7 @@ def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInput
 
 
 def _attempt(model: nn.Module, inputs: ExampleInputs, *, training: bool) -> _Run:
-    before = Snapshot(model)
+    before = Snapshot(model.modules())
     try:
         with warnings.catch_warnings(), redirect_stderr(StringIO()):  # a GraphModule prints where it fails
             warnings.simplefilter("ignore")

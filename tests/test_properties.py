@@ -47,7 +47,7 @@ def outcome(model: nn.Module, inputs: Any, training: bool = False) -> Any:
     inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
     args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
-    before = Snapshot(model)
+    before = Snapshot(model.modules())
     with torch.no_grad(), in_mode(model, training):
         torch.manual_seed(0)
         try:

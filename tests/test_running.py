@@ -280,7 +280,7 @@ def test_copy_model_says_what_cannot_be_copied() -> None:
 def test_snapshot_gives_buffers_and_random_states_back() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
     before = [(id(buffer), buffer.tolist()) for buffer in model.buffers()]
-    kept, values = Snapshot(model), buffer_values(model)
+    kept, values = Snapshot(model.modules()), buffer_values(model)
     drawn = torch.rand(1), random.random(), np.random.rand()
     model(torch.randn(2, 3, 4, 4))
     model[0].running_mean = torch.ones(3)
