@@ -66,8 +66,10 @@ def agglomerate(gram: Tensor, rank: int, scaled: bool) -> tuple[Tensor, Tensor]:
     products, atoms = gram.clone(), torch.eye(len(gram), dtype=gram.dtype)
     sizes, owner = gram.new_ones(len(gram)), torch.arange(len(gram))
     costs = _merging_costs(products, sizes, scaled, owner).fill_diagonal_(torch.inf)
+    least, nearest = costs.min(dim=1)
     for _ in range(len(gram) - rank):
-        i, j = divmod(int(costs.argmin()), len(gram))
+        i = int(least.argmin())
+        j = int(nearest[i])
         x, y = _merged(products, sizes, scaled, i, j)
         atoms[i] = x * atoms[i] + y * atoms[j]
         products[i] = x * products[i] + y * products[j]
@@ -78,5 +80,9 @@ def agglomerate(gram: Tensor, rank: int, scaled: bool) -> tuple[Tensor, Tensor]:
         fresh = _merging_costs(products, sizes, scaled, torch.tensor(i)).masked_fill(gone, torch.inf)
         costs[i] = costs[:, i] = fresh
         costs[j] = costs[:, j] = torch.inf
+        stale = (nearest == i) | (nearest == j)
+        stale[[i, j]] = True
+        least, nearest = torch.where(fresh < least, fresh, least), nearest.where(fresh >= least, i)
+        least[stale], nearest[stale] = costs[stale].min(dim=1)
     kept, owner = torch.unique(owner, return_inverse=True)
     return atoms[kept], owner

@@ -82,7 +82,7 @@ def fit_to_data(
         return _projected(weight, plan, *kept["projection"])
     metric = _damped(metric)
     if plan.form == "reduced":
-        return fit(weight, plan, moment)
+        return fit(weight, plan, moment, metric)
     return renewed(weight, plan, start or fit(weight, plan), moment, metric, rounds)
 
 

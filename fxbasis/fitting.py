@@ -62,13 +62,16 @@ def _unfolding(matrix: Tensor) -> Unfolding:
     return Unfolding(decompose(matrix.flatten(0, 1), groups, "svd").energies, rows, columns)
 
 
-def fit(weight: Tensor, plan: LayerPlan, moment: Tensor | None = None) -> dict[str, Tensor]:
+def fit(
+    weight: Tensor, plan: LayerPlan, moment: Tensor | None = None, metric: Tensor | None = None
+) -> dict[str, Tensor]:
     """The weights of the steps by name, ``"basis.weight"`` and so on, in float64, from one decomposition.
 
     Args:
         weight: (out_channels, in_channels / groups, K_h, K_w), real and finite.
         plan: form, method and ranks.
         moment: (g, q, q), of the patches; of the reduced form the code then is for their outputs.
+        metric: (C, C), of the outputs; of the reduced form its diagonal weighs their errors.
     """
     groups = plan.steps[-1].groups
     blocks = weight.detach().to("cpu", torch.float64).reshape(groups, -1, *weight.shape[1:])
@@ -76,7 +79,7 @@ def fit(weight: Tensor, plan: LayerPlan, moment: Tensor | None = None) -> dict[s
     if plan.form in _TENSOR_FORMS:
         return named(_TENSOR_FORMS[plan.form](blocks, ranks, plan.method), plan)
     if plan.form == "reduced":
-        return _reduced(blocks.flatten(2), plan, ranks, moment)
+        return _reduced(blocks.flatten(2), plan, ranks, moment, metric)
     return sliced(decomposed(weight, plan), weight, plan)
 
 
@@ -143,11 +146,14 @@ def sliced(decomposition: Decomposition, weight: Tensor, plan: LayerPlan) -> dic
     return {"basis.weight": found.basis, "composition.weight": found.composition}
 
 
-def _reduced(rows: Tensor, plan: LayerPlan, ranks: Ranks, moment: Tensor | None) -> dict[str, Tensor]:
+def _reduced(
+    rows: Tensor, plan: LayerPlan, ranks: Ranks, moment: Tensor | None, metric: Tensor | None
+) -> dict[str, Tensor]:
     """Atoms and code of the filters (g, C/g, q); copies stand first, then sums, both in their order."""
     groups, filters, _ = rows.shape
     images = rows if moment is None else rows @ moment
-    codes = encode_groups(images @ rows.mT, ranks[0], ranks[1] / filters, plan.method)
+    weights = None if metric is None else metric.diagonal().reshape(groups, filters)
+    codes = encode_groups(images @ rows.mT, ranks[0], ranks[1] / filters, plan.method, weights)
     shift = ranks[0] * torch.arange(groups)[:, None]
     first = (torch.stack([code.first for code in codes]) + shift).flatten()
     second = torch.stack([code.second for code in codes])

@@ -20,8 +20,8 @@ from .structures import FORMS, form_macs, form_params
 
 __all__ = ["PROPOSED", "Proposal", "excluded", "proposals_of", "shift_of", "step_weights"]
 
-PROPOSED = ("cp", "gauge", "spatial", "cp4", "tucker2", "input", "tt", "reduced")
-"""Every form that can be the best one: output is gauge with more work, weight has the work of dense."""
+PROPOSED = ("cp", "gauge", "spatial", "cp4", "tucker2", "input", "tt", "reduced", "output")
+"""Every form that can be the best one; weight cannot: its work is dense's, its parameters are output's."""
 RATIOS = (0.1, 0.15, 0.22, 0.3, 0.4, 0.52, 0.67, 0.85)
 EDGES = ((64, 16), (8, 4))
 """Pairs of a least number of channels and the step that ranks lie on from there: ONNX Runtime takes 16

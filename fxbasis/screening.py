@@ -4,8 +4,8 @@ Of all forms a layer has use for two or three, and fits are most of the work of 
 fitted at one rank first, near ``PROBE`` of the layer's MACs, and judged by the sums of the statistics alone
 (``kfac``; without calibration data ``weight``), as if changes fell with the square of the MACs. The ``BEST``
 that change least stay, if no more than ``SLACK`` times as much as the first of them. So do those of
-``QUICK``: two dense convolutions take less time for the same work, which this look does not see. What is
-in ``SMALL`` is not looked at in larger layers: its search alone would take longer than all other fits.
+``QUICK``: two dense convolutions take less time for the same work, which this look does not see. Output is
+not among the best by itself: it is the function of gauge for more work, and often in less time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ __all__ = ["fitted_all"]
 
 PROBE, BEST, SLACK = 0.3, 2, 2.0
 """On ResNet-20 the plans for 0.5, 0.35 and 0.25 of the MACs predict what those of all fits do, within 1 %."""
-QUICK = ("gauge", "spatial")
-SMALL = {"reduced": 256}
-"""The most filters of a group: one fit takes 0.5 s at 256, 10 s at 1,024 and 77 s at 2,048 filters."""
+QUICK = ("gauge", "output", "spatial")
 
 
 def fitted_all(
@@ -41,10 +39,8 @@ def fitted_all(
     ruled_out: dict[str, tuple[str, ...]] = {}
     for name, listed in progress(list(proposals.items()), "fitting"):
         kept: Kept = {}
-        slow = dict.fromkeys(one.layer.form for one in listed if screen and _is_slow(one))
-        probes = _probes([one for one in listed if one.layer.form not in slow]) if screen else []
-        looked = _fitted(subject, name, probes, kept)
-        lost = (*_lost(subject, name, looked), *slow)
+        looked = _fitted(subject, name, _probes(listed) if screen else [], kept)
+        lost = _lost(subject, name, looked)
         left = [one for one in listed if one.layer.form not in lost]
         known = {one.layer.key for one, _ in looked}
         more = _fitted(subject, name, [one for one in left if one.layer.key not in known], kept)
@@ -53,11 +49,6 @@ def fitted_all(
         if lost:
             ruled_out[name] = lost
     return fits, ruled_out
-
-
-def _is_slow(one: Proposal) -> bool:
-    shape = one.layer.shape
-    return shape.out_channels // shape.groups > SMALL.get(one.layer.form, shape.out_channels)
 
 
 def _fitted(subject: Subject, name: str, listed: Sequence[Proposal], kept: Kept) -> list[Fitted]:
@@ -82,6 +73,6 @@ def _lost(subject: Subject, name: str, looked: Sequence[Fitted]) -> tuple[str, .
     scores = {
         one.layer.form: change * one.ratio**2 for (one, _), (change, _) in zip(looked, changes, strict=True)
     }
-    best = sorted(scores, key=lambda form: scores[form])[:BEST]
+    best = sorted(scores.keys() - {"output"}, key=lambda form: (scores[form], form))[:BEST]
     kept = {*QUICK, *(form for form in best if scores[form] <= SLACK * scores[best[0]])}
     return tuple(form for form in scores if form not in kept)

@@ -66,7 +66,7 @@ def test_coding_is_the_best_of_all_single_atoms_and_all_pairs(scaled: bool) -> N
         both = torch.linalg.lstsq(basis[list(two)].mT, weight.mT).solution.mT
         pair = pair.minimum((weight - both @ basis[list(two)]).square().sum(1))
     gains = (single - pair).sort(descending=True).values
-    code, residual = coding._code(gram, atoms, terms, scaled)
+    code, residual = coding._code(gram, atoms, terms, scaled, coding._best_pairs)
     rebuilt = (weight - code.composition() @ basis).square().sum(1)
     assert torch.allclose(residual, rebuilt)
     assert torch.allclose(rebuilt[code.second >= 0], pair[code.second >= 0])
