@@ -269,8 +269,9 @@ def encode(
     found = [_alternate(gram, s, terms, scaled, basis, steps) for s in _starts(gram, rank, scaled, basis)]
     best = min(found, key=lambda code: code.error)
     code, _ = _code(gram, best.atoms, terms, scaled, _best_pairs)
-    code = replace(code, error=_error(gram, code), atoms=code.atoms * scale, u=code.u / scale, v=code.v / scale)
-    return _with_real_copies(code, scaled)
+    code, error = _with_real_copies(code, scaled), _error(gram, code)
+    code = replace(code, atoms=code.atoms * scale, u=code.u / scale, v=code.v / scale, error=error)
+    return code if weights is None else _with_real_copies(code, scaled)
 
 
 def _every_filter(gram: Tensor, terms: int) -> Code:
@@ -311,6 +312,4 @@ def encode_groups(
     if grams.ndim != 3:
         raise InputError(f"grams of shape {tuple(grams.shape)} are not a batch; pass (g, O, O)")
     each = [None] * len(grams) if weights is None else weights
-    return tuple(
-        encode(gram, rank, beta, basis, weights=one) for gram, one in zip(grams, each, strict=True)
-    )
+    return tuple(encode(gram, rank, beta, basis, weights=one) for gram, one in zip(grams, each, strict=True))

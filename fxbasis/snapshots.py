@@ -40,7 +40,7 @@ class Snapshot:
         members = [held for module in modules for held in _members_of(module)]
         self._members = [(held, dict(held) if held else _NOTHING) for held in members]
         known = {} if since is None else {id(buffer): values for _, _, buffer, values in since._buffers}
-        self._buffers = [
+        self._buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = [
             (module._buffers, name, buffer, _values(buffer, known.get(id(buffer))))
             for module in modules
             for name, buffer in module._buffers.items()

@@ -20,7 +20,6 @@ from fxbasis import (
     SelectionError,
     compress,
     profile,
-    screening,
     sensitivities,
 )
 from fxbasis.demo.digits import load_digits_split
