@@ -26,11 +26,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register the forward and backward hooks of ``source`` on ``target`` too, without weight hooks."""
+    """Give ``target`` the forward and backward hooks of ``source``, which it replaces, without weight hooks.
+
+    In the same dicts where that can be: the handles that a model keeps of its hooks lead to them.
+    """
     made = weight_hooks(source)
     for name in _HOOKS:
-        hooks = getattr(source, name).items()
-        getattr(target, name).update({key: hook for key, hook in hooks if key not in made})
+        hooks = getattr(source, name)
+        rest = {key: hook for key, hook in hooks.items() if key not in made}
+        setattr(target, name, hooks if len(rest) == len(hooks) else type(hooks)(rest))
     target._is_full_backward_hook = source._is_full_backward_hook
 
 

@@ -1,25 +1,24 @@
-"""Deep copies of models that hold together: what a copy calls is the copy.
+"""Deep copies of models that hold together: what a copy calls is the copy, what was tied stays tied.
 
-``copy.deepcopy`` takes functions and weak references as they are. A hook, or a forward put on an instance,
-that has the model in its closure would so read the original's weights, and write into the original.
+``copy.deepcopy`` leaves functions with the original (``rebinding``), parts parameters that share memory, and
+drops the attributes and hooks of parameters; some classes copy themselves in another mode.
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
 from collections import OrderedDict
-from contextlib import suppress
-from types import CellType, FunctionType, MethodType
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import TraceError
-from .running import ATOMS, tensors_of
+from .rebinding import rebind_
+from .running import ATOMS, seeded, tensors_of
 
-__all__ = ["KEEPS_PARAMETERS", "Model", "copy_model", "copy_to_run"]
+__all__ = ["KEEPS_PARAMETERS", "Model", "copy_model", "copy_to_run", "memory_of"]
 
 KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
 _EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
@@ -27,31 +26,38 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
-    """A deep copy; with ``share_parameters`` only structure and buffers are copied.
+    """A deep copy in the same modes; with ``share_parameters`` only structure and buffers are copied.
 
     Computed tensors that modules hold (the weight that old-style weight_norm or pruning made, a cached
-    output), which deepcopy refuses, are copied without their history.
+    output), which deepcopy refuses, are copied without their history; views of parameters stay views.
 
     Raises:
-        TraceError: when something that the model holds cannot be copied.
+        TraceError: when something that the model holds cannot be copied, or copies itself as itself.
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("the model is a ScriptModule, which is closed; pass the nn.Module it was made of")
-    memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
+    parameters = list(model.parameters())
+    memo: dict[int, Any] = {}
     parts = [part for module in model.modules() for part in vars(module).values() if type(part) not in ATOMS]
     memo |= {id(part): part.copy() for part in parts if type(part) in _EMPTY and not part}
     held = tensors_of([part for part in parts if id(part) not in memo])
-    memo |= {id(tensor): tensor.detach().clone() for tensor in held if tensor.grad_fn is not None}
+    computed = [tensor for tensor in held if tensor.grad_fn is not None]
     try:
-        copied = copy.deepcopy(model, memo)
+        memo |= {id(p): p if share_parameters else _copied(p, memo) for p in parameters}
+        _tie_([] if share_parameters else parameters, memo)
+        memo |= {id(tensor): _without_history(tensor, memo) for tensor in computed}
+        with seeded():  # a class that builds its copies anew draws random numbers
+            copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be deep-copied ({error}); take what cannot be copied "
             "(a generator, a lock, an open file) off the model first"
         ) from error
-    _rebind(copied, memo)
+    _check_own(model, copied)
+    _keep_modes(model, copied)
+    rebind_(copied, memo)
     return copied
 
 
@@ -64,48 +70,61 @@ def copy_to_run(model: Model) -> Model:
     return copy_model(model, share_parameters=getattr(model, KEEPS_PARAMETERS, False) is True)
 
 
-def _rebind(copied: nn.Module, memo: dict[int, Any]) -> None:
-    """Turn attributes and hooks, and what lists and dicts hold, that lead to the original to the copy."""
-    for module in copied.modules():
-        attributes = vars(module)
-        for held in (attributes, *attributes.values()):
-            entries = (
-                held.items() if isinstance(held, dict) else enumerate(held) if type(held) is list else ()
+def memory_of(tensor: Tensor) -> int:
+    """Where its values begin, the same for tensors that are tied; of one without memory, its id."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return (tensor.data_ptr() if plain and not tensor.is_meta else 0) or id(tensor)
+
+
+def _copied(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+    """With its attributes and the hooks of its gradient, which deepcopy forgets."""
+    made: nn.Parameter = copy.deepcopy(parameter, memo)
+    if type(made) is type(parameter):
+        if vars(parameter):
+            vars(made).update(copy.deepcopy(vars(parameter), memo))
+        for hook in (parameter._backward_hooks or {}).values():
+            made.register_hook(hook)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _without_history(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A view of a parameter is one of its copy; of another computed tensor only the values are kept."""
+    base = tensor._base
+    made = memo.get(id(base))
+    if base is None or not isinstance(made, nn.Parameter):
+        return tensor.detach().clone()
+    start = made.storage_offset() - base.storage_offset() + tensor.storage_offset()
+    return made.as_strided(tensor.size(), tensor.stride(), start)
+
+
+def _check_own(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse a copy that has modules of the original, which would be rewritten there too."""
+    own = {id(module) for module in model.modules()}
+    for name, module in copied.named_modules():
+        if id(module) in own:
+            raise TraceError(
+                f"{name or 'the model'} ({type(module).__name__}) copies itself as itself; "
+                "take its own __deepcopy__ off first"
             )
-            for key, value in list(entries):
-                if type(value) in (FunctionType, weakref.ref):
-                    held[key] = _rebound(value, memo)
 
 
-def _rebound(value: Any, memo: dict[int, Any]) -> Any:
-    """What stands in the copy for a value of the original, also inside of closures and bound methods."""
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, MethodType):
-        return MethodType(value.__func__, memo[id(owner)]) if id(owner := value.__self__) in memo else value
-    if type(value) is weakref.ref:
-        return weakref.ref(memo[id(value())]) if id(value()) in memo else value
-    if type(value) is not FunctionType or not value.__closure__:
-        return value
-    cells = tuple(CellType() for _ in value.__closure__)
-    made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-    made.__kwdefaults__, made.__qualname__ = value.__kwdefaults__, value.__qualname__
-    made.__dict__.update(value.__dict__)
-    memo[id(value)] = made  # before its cells: it may call itself
-    before = [_content(cell) for cell in value.__closure__]
-    after = [_rebound(content, memo) for content in before]
-    if all(one is other for one, other in zip(before, after, strict=True)):
-        memo[id(value)] = value
-    for cell, content in zip(cells, after, strict=True):
-        if content is not _EMPTY_CELL:
-            cell.cell_contents = content
-    return memo[id(value)]
+def _keep_modes(model: nn.Module, copied: nn.Module) -> None:
+    """Some classes copy themselves in train(), and exchange their graph with the mode."""
+    if copied.training != model.training:
+        copied.train(model.training)
+    modes = {name: module.training for name, module in model.named_modules() if hasattr(module, "training")}
+    for name, module in copied.named_modules():
+        if name in modes and module.training != modes[name]:
+            module.training = modes[name]
 
 
-_EMPTY_CELL = object()
-
-
-def _content(cell: CellType) -> Any:
-    with suppress(ValueError):
-        return cell.cell_contents
-    return _EMPTY_CELL
+def _tie_(parameters: Iterable[nn.Parameter], memo: dict[int, Any]) -> None:
+    """Let the copies of parameters that share memory share it too."""
+    sharing: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        sharing.setdefault(memory_of(parameter), []).append(parameter)
+    for tied in (tied for tied in sharing.values() if len(tied) > 1):
+        storage = tied[0].untyped_storage().clone()  # type: ignore[no-untyped-call]
+        for one in tied:
+            own = torch.empty(0, dtype=one.dtype, device=one.device)
+            memo[id(one)].data = own.set_(storage, one.storage_offset(), one.size(), one.stride())

@@ -13,6 +13,7 @@ that it survives deepcopy, pickle and rebuilding of a GraphModule, which keep le
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -23,11 +24,19 @@ from .carrying import carry_attributes, carry_hooks
 from .compositions import GaugeComposition, ReducedComposition
 from .errors import VerificationError
 from .factors import chained, factors_like, product
-from .kernels import bare_conv, conv_like, kernel_of
+from .kernels import bare_conv, conv_like, kernel_of, own_class
 from .recipe import LAYER, LayerPlan
 from .structures import FORMS
 
-__all__ = ["LAYER", "BasisConv2d", "as_form", "layer_plan"]
+__all__ = ["LAYER", "RESERVED", "BasisConv2d", "as_form", "layer_plan"]
+
+RESERVED = frozenset(
+    {"plan", "ends", "factors", *("basis", "core", "depthwise", "vertical", "horizontal", "composition")}
+)
+"""Attributes that a form has for itself."""
+
+CLASS = "fxbasis_class"
+"""Where the composition keeps the convolution's own class, if it has one."""
 
 
 class BasisConv2d(nn.Module):
@@ -82,6 +91,8 @@ class BasisConv2d(nn.Module):
         for module in factors.values():
             vars(module).pop(LAYER, None)
         setattr(factors["composition"], LAYER, plan)
+        if own_class(conv) is not nn.Conv2d and not plan.effective:
+            setattr(factors["composition"], CLASS, own_class(conv))
         form = cls(factors).train(conv.training)
         carry_hooks(conv, form)
         carry_attributes(conv, form)
@@ -111,7 +122,7 @@ class BasisConv2d(nn.Module):
         return form
 
     def to_conv2d(self) -> nn.Conv2d:
-        """One Conv2d, of the class of the basis, with the same function, checked on a random patch.
+        """One Conv2d, of the class that the layer had, with the same function, checked on a random patch.
 
         Hooks and modes are carried over.
 
@@ -126,6 +137,7 @@ class BasisConv2d(nn.Module):
                 conv.bias.requires_grad_(self.bias.requires_grad)
         weights = [part for name, part in self.named_parameters() if name.endswith("weight")]
         conv.weight.requires_grad_(any(part.requires_grad for part in weights))
+        conv.__class__ = getattr(self.composition, CLASS, type(conv))
         carry_hooks(self, conv)
         carry_attributes(self, conv)
         _check_fold(self, conv)
@@ -138,6 +150,14 @@ class BasisConv2d(nn.Module):
         options = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         channels = (self.in_channels, self.out_channels, self.plan.kernel_size)
         return bare_conv(*channels, self.basis.weight, bias=bias, groups=self.groups, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the class of the convolution has beyond Conv2d, methods bound to the form."""
+        composition = self.__dict__.get("_modules", {}).get("composition")
+        member = inspect.getattr_static(getattr(composition, CLASS, None), name, self)
+        if member is self or hasattr(nn.Conv2d, name):
+            return super().__getattr__(name)
+        return member.__get__(self, type(self)) if hasattr(member, "__get__") else member
 
     @property
     def plan(self) -> LayerPlan:

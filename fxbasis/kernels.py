@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize, skip_init
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -42,12 +43,20 @@ __all__ = [
     "kernel_of",
     "makers_of",
     "original_forward",
+    "own_class",
     "weight_hooks",
 ]
 
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _PARTS = ("g", "v", "u", "orig", "mask")
+_CALLED = ("forward", "_conv_forward", "_call_impl")
+_OF_MODULES = (
+    *("train", "eval", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"),
+    *("get_extra_state", "set_extra_state", "parameters", "named_parameters", "_apply"),
+    *("__getattr__", "__setattr__", "__delattr__", "__deepcopy__"),
+)
+_OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 
 
 class KernelError(Exception):
@@ -78,9 +87,12 @@ def kernel_of(conv: nn.Conv2d) -> Kernel:
     Raises:
         KernelError: when it makes more than one convolution, or other work after it.
     """
-    if "forward" in vars(conv):
-        raise KernelError("its forward was replaced on the instance")
+    replaced = [name for name in _CALLED if name in vars(conv)]
+    if replaced:
+        raise KernelError(f"its {replaced[0]} was replaced on the instance")
+    _check_class(conv)
     settled = _settled(conv)
+    _check_options(settled)
     if type(settled).__call__ is not nn.Module.__call__:
         raise KernelError(f"its class {type(settled).__name__} has its own __call__")
     if type(settled) is nn.Conv2d:
@@ -92,13 +104,46 @@ def kernel_of(conv: nn.Conv2d) -> Kernel:
     return Kernel(_effective(settled, first, second), effective=True)
 
 
+def own_class(conv: nn.Conv2d) -> type[nn.Conv2d]:
+    """Its class before parametrization."""
+    kind: type[nn.Conv2d] = parametrize.type_before_parametrizations(conv)
+    return kind
+
+
 def class_of(conv: nn.Conv2d) -> type[nn.Conv2d]:
     """Its class before parametrization; nn.Conv2d for a subclass that computes as that does."""
-    kind: type[nn.Conv2d] = parametrize.type_before_parametrizations(conv)
+    kind = own_class(conv)
     same = all(
         getattr(kind, name) is getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward", "__call__")
     )
     return nn.Conv2d if same else kind
+
+
+def _check_class(conv: nn.Conv2d) -> None:
+    """Refuse what a class, or its hooks, do besides the convolution that a form would not do."""
+    kind = own_class(conv)
+    own = [name for name in _OF_MODULES if getattr(kind, name, None) is not getattr(nn.Conv2d, name, None)]
+    if own:
+        raise KernelError(f"its class {kind.__name__} has its own {own[0]}")
+    hooks = [hook for name in _OF_STATE for hook in vars(conv).get(name, {}).values()]
+    hooks = [getattr(hook, "hook", hook) for hook in hooks]  # torch wraps some of them
+    if not all(str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks):
+        raise KernelError("it has hooks of its state_dict")
+
+
+def _check_options(settled: nn.Conv2d) -> None:
+    """Refuse options that do not belong to the weight: either may have been changed after the other."""
+    told = (settled.out_channels, settled.in_channels // settled.groups, *settled.kernel_size)
+    if tuple(settled.weight.shape) != told:
+        shapes = ["x".join(map(str, shape)) for shape in (settled.weight.shape, told)]
+        raise KernelError(f"its weight is {shapes[0]}, its options say {shapes[1]}")
+    around = settled._reversed_padding_repeated_twice
+    if settled.padding_mode != "zeros" and not isinstance(settled.padding, str):
+        rows, columns = settled.padding
+        if tuple(around) != (columns, columns, rows, rows):
+            raise KernelError(
+                f"its padding was changed, which its {settled.padding_mode} padding does not follow"
+            )
 
 
 def weight_hooks(module: nn.Module) -> dict[int, tuple[Callable[..., Any], str]]:
@@ -190,6 +235,9 @@ def _settled(conv: nn.Conv2d) -> nn.Conv2d:
         twin.__class__ = class_of(conv)
     except TypeError as error:
         raise KernelError(f"its class {type(conv).__name__} cannot be exchanged: {error}") from error
+    for name in ("kernel_size", "stride", "padding", "dilation"):  # which PyTorch takes as numbers too
+        value = getattr(twin, name)
+        setattr(twin, name, value if isinstance(value, str) else _pair(value))
     keep = held_besides(conv)
     for store in (twin._parameters, twin._buffers, twin._modules):
         for name in set(store) - keep:

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .carrying import carry_hooks
 from .comparing import Difference, check_equal
 from .copying import copy_to_run
 from .errors import InputError, VerificationError
 from .forms import BasisConv2d
-from .kernels import kernel_of, makers_of, original_forward
+from .kernels import kernel_of, makers_of, original_forward, own_class
 from .passes.numbering import conv_layers
 from .passes.tracing import python_in_train
 from .running import ExampleInputs, in_mode, run
@@ -90,9 +91,12 @@ def _differences(
 
 
 def _reconstructed(conv: nn.Conv2d, form: BasisConv2d) -> nn.Conv2d:
-    """The folded weight in the convolution's kernel: class, options and bias are not the form's word."""
+    """The folded weight in the convolution's kernel: class, options, bias, hooks are not the form's word."""
     folded, kernel = form.to_conv2d(), kernel_of(conv).conv
-    folded.__class__ = type(kernel)
+    folded.__class__ = type(kernel) if form.plan.effective else own_class(conv)
+    carry_hooks(conv, folded)
+    plain = vars(kernel).keys() - vars(nn.Conv2d(1, 1, 1)).keys()
+    vars(folded).update({key: vars(conv)[key] for key in plain & vars(conv).keys()})
     for option in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
         setattr(folded, option, getattr(kernel, option))
     folded.bias = kernel.bias

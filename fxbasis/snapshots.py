@@ -37,7 +37,7 @@ class Snapshot:
     def __init__(self, modules: Iterable[nn.Module], since: Snapshot | None = None) -> None:
         modules = list(modules)
         self._attributes = _lend_copies(modules) if since is None else _attributes(modules)
-        members = [held for module in modules for held in _members_of(module)]
+        members = [held for module in modules for held in (*_members_of(module), *_hooks_of(module))]
         self._members = [(held, dict(held) if held else _NOTHING) for held in members]
         known = {} if since is None else {id(buffer): values for _, _, buffer, values in since._buffers}
         self._buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = [
@@ -60,7 +60,8 @@ class Snapshot:
             members.update(names)
         with torch.no_grad():
             for buffers, name, buffer, values in self._buffers:
-                buffers[name] = buffer.copy_(values)
+                _put_back(buffer, values)
+                buffers[name] = buffer
         python, numpy, cpu = self._random
         random.setstate(python)
         np.random.set_state(numpy)
@@ -82,16 +83,33 @@ def _members_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 def _values(buffer: torch.Tensor, known: torch.Tensor | None) -> torch.Tensor:
     """A copy of the buffer: the known one where that still is the same."""
-    comparable = known is not None and known.layout is torch.strided and not known.is_meta
-    if known is not None and comparable and (known.shape, known.dtype) == (buffer.shape, buffer.dtype):
-        return known if torch.equal(known, buffer) else buffer.clone()
-    return buffer.clone()
+    return known if known is not None and _equal(buffer, known) else buffer.clone()
+
+
+def _put_back(buffer: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the values where they changed; an expanded buffer cannot be written, nor one of another shape."""
+    if buffer.is_meta or _equal(buffer, values):
+        return
+    if buffer.shape == values.shape and 0 not in buffer.stride():
+        buffer.copy_(values)
+    else:
+        buffer.data = values.clone()
+
+
+def _equal(buffer: torch.Tensor, values: torch.Tensor) -> bool:
+    if buffer.is_meta or buffer.layout is not torch.strided:
+        return False
+    return (buffer.shape, buffer.dtype) == (values.shape, values.dtype) and torch.equal(buffer, values)
 
 
 def _attributes(modules: Iterable[nn.Module]) -> list[_Held]:
     """The attributes of each module, and what they hold now."""
     held = (vars(module) for module in modules)
     return [(own, {key: value for key, value in own.items() if key not in _MODULE_KEYS}) for own in held]
+
+
+def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
+    return [held for key, held in vars(module).items() if "_hooks" in key and isinstance(held, dict)]
 
 
 def _lend_copies(modules: list[nn.Module]) -> list[_Held]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 __all__ = ["all_patches", "output_size", "padded", "sampled_patches", "sampled_values"]
 
@@ -19,7 +20,8 @@ def padded(conv: nn.Conv2d, input: Tensor) -> Tensor:
     zeros = conv.padding_mode == "zeros"
     around = tuple(conv._reversed_padding_repeated_twice)
     if zeros and not isinstance(conv.padding, str):  # which may have been set after construction
-        around = (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0])
+        rows, columns = _pair(conv.padding)
+        around = (columns, columns, rows, rows)
     mode = "constant" if zeros else conv.padding_mode
     return nn.functional.pad(input, around, mode) if any(around) else input
 
@@ -33,7 +35,7 @@ def _count(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
     height, width = (
         (length - reach * (kernel - 1) - 1) // step + 1
         for length, reach, kernel, step in zip(
-            x.shape[2:], conv.dilation, conv.kernel_size, conv.stride, strict=True
+            x.shape[2:], _pair(conv.dilation), conv.kernel_size, _pair(conv.stride), strict=True
         )
     )
     return height, width
@@ -43,8 +45,8 @@ def _windows(conv: nn.Conv2d, input: Tensor) -> Tensor:
     """A view (B, c, H_out, W_out, K_h, K_w) of the padded input."""
     x = padded(conv, input)
     row, column = x.stride()[2:]
-    steps = (conv.stride[0] * row, conv.stride[1] * column)
-    taps = (conv.dilation[0] * row, conv.dilation[1] * column)
+    (down, right), (apart, beside) = _pair(conv.stride), _pair(conv.dilation)
+    steps, taps = (down * row, right * column), (apart * row, beside * column)
     shape = (*x.shape[:2], *_count(conv, x), *conv.kernel_size)
     return x.as_strided(shape, (*x.stride()[:2], *steps, *taps), x.storage_offset())
 

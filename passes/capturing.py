@@ -120,7 +120,10 @@ def _switching(model: nn.Module) -> set[str]:
     copied = copy_model(model)  # with its own parameters, which train() may change
     own = {name: m for name, m in copied.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     try:
-        before, after = _pictures(own | {"": copied.train()}), _pictures(own | {"": copied.eval()})
+        copied.train()  # somebody's own may return anything
+        before = _pictures(own)
+        copied.eval()
+        after = _pictures(own)
     except Exception:  # one that refuses to be switched does not switch
         return set()
     return {name for name in own if _changed(before[name], after[name]) - {"training"}}

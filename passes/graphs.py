@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from abc import ABCMeta
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -116,7 +117,9 @@ def as_graph(
 
 
 def _traced_class(model_class: type[nn.Module], eval_only: str) -> type[TracedModule]:
-    body = {name: _refusing(name) for name in _GROWING if issubclass(model_class, nn.Sequential)}
+    sequential = issubclass(model_class, nn.Sequential)
+    body = {name: _refusing(name) for name in _GROWING if sequential}
+    body |= {"__getitem__": _part_of} if sequential else {}
     body |= {"__module__": model_class.__module__, "_eval_only": eval_only}
     return types.new_class(
         model_class.__name__, (TracedModule, model_class), exec_body=lambda space: space.update(body)
@@ -130,6 +133,14 @@ def _refusing(name: str) -> Any:
         )
 
     return refused
+
+
+def _part_of(self: nn.Sequential, index: slice | int) -> nn.Module:
+    """A slice is a plain Sequential of the same parts: the graph is of all of them."""
+    if isinstance(index, slice):
+        return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+    found: nn.Module = nn.Sequential.__getitem__(self, index)
+    return found
 
 
 def _check_class(module: nn.Module) -> None:

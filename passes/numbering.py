@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
 from ..copying import copy_to_run
 from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError
-from ..forms import BasisConv2d, as_form, layer_plan
+from ..forms import RESERVED, BasisConv2d, as_form, layer_plan
 from ..kernels import KernelError, class_of, held_besides, kernel_of, weight_hooks
 from ..recipe import LayerPlan
 from ..running import ExampleInputs
@@ -28,7 +29,7 @@ from .records import COMPRESSED, DEPTHWISE, NO_GAIN, OK, UNSUPPORTED, ConvRecord
 from .tracing import python_in_train, refuse_lazy
 from .watching import Call, Seen, readers_in, watched_run
 
-__all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs"]
+__all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs", "shape_of"]
 
 
 def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
@@ -101,8 +102,7 @@ def _record(
     obstacle: str,
     effective: bool,
 ) -> ConvRecord:
-    kernel, bias = (layer.kernel_size[0], layer.kernel_size[1]), layer.bias is not None
-    shape = ConvShape(layer.in_channels, layer.out_channels, kernel, layer.groups, bias)
+    shape = shape_of(layer)
     made = [] if calls is None else calls.get(name, [])
     sizes = [(int(size[-2]), int(size[-1])) for _, size, _ in made]
     inputs = [(int(size[-2]), int(size[-1])) for _, _, size in made]
@@ -113,14 +113,14 @@ def _record(
     return ConvRecord(
         index=index,
         name=name,
-        in_channels=layer.in_channels,
-        out_channels=layer.out_channels,
-        kernel_size=kernel,
-        stride=(layer.stride[0], layer.stride[1]),
-        padding=layer.padding if isinstance(layer.padding, str) else (layer.padding[0], layer.padding[1]),
-        dilation=(layer.dilation[0], layer.dilation[1]),
-        groups=layer.groups,
-        bias=bias,
+        in_channels=shape.in_channels,
+        out_channels=shape.out_channels,
+        kernel_size=shape.kernel_size,
+        stride=_pair(layer.stride),
+        padding=layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
+        dilation=_pair(layer.dilation),
+        groups=shape.groups,
+        bias=shape.bias,
         output_size=sizes[0] if sizes else None,
         macs=None if calls is None else sum(map(_macs_of(shape, plan), sizes, inputs, batches)),
         params=dense_params(shape) if plan is None else form_params(plan.form, shape, plan.ranks),
@@ -134,6 +134,16 @@ def _record(
         elements=None if calls is None else sum(size.numel() for _, size, _ in made),
         sizes=tuple(zip(batches, sizes, inputs, strict=True)),
     )
+
+
+def shape_of(layer: nn.Conv2d | BasisConv2d) -> ConvShape:
+    """By the stored weight where there is one, which counts, whatever the options say."""
+    weight, bias = layer._parameters.get("weight"), layer.bias is not None
+    if weight is None or weight.ndim != 4:
+        kernel = _pair(layer.kernel_size)
+        return ConvShape(layer.in_channels, layer.out_channels, kernel, layer.groups, bias)
+    filters, inner, height, width = weight.shape
+    return ConvShape(inner * layer.groups, filters, (height, width), layer.groups, bias)
 
 
 def _macs_of(shape: ConvShape, plan: LayerPlan | None) -> Any:
@@ -164,6 +174,11 @@ def _obstacle(layer: nn.Conv2d | BasisConv2d, effective_weights: bool) -> tuple[
     """Why it cannot be rewritten, empty when it can; and whether its kernel is not the stored weight."""
     if isinstance(layer, BasisConv2d):
         return "", layer.plan.effective
+    taken = sorted(RESERVED & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules})
+    if taken:
+        return f"its attribute {taken[0]} has another meaning in a form", False
+    if any(part is not None and part._backward_hooks for part in layer._parameters.values()):
+        return "its weight or bias has hooks of its gradient", False
     made = any(name == "weight" for _, name in weight_hooks(layer).values())
     if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight") and not made:
         return "its weight is no parameter", False

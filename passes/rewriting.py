@@ -25,7 +25,7 @@ from ..progress import progress
 from ..recipe import LayerPlan, Plan
 from ..running import become
 from .base import FxPass, call_sites, keep_meta
-from .numbering import conv_layers
+from .numbering import conv_layers, shape_of
 from .records import ConvRecord
 
 __all__ = [
@@ -116,7 +116,8 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
         )
     convs: dict[str, nn.Conv2d] = {}
     for number, ((name, conv), layer) in enumerate(zip(layers.items(), plan, strict=True), 1):
-        found = (number, name, conv.in_channels, conv.out_channels, tuple(conv.kernel_size), conv.groups)
+        shape = shape_of(conv)
+        found = (number, name, shape.in_channels, shape.out_channels, shape.kernel_size, shape.groups)
         meant = (layer.number, layer.name, layer.in_channels, layer.out_channels)
         if found != (*meant, layer.kernel_size, layer.groups) or not isinstance(conv, nn.Conv2d):
             raise PlanError(

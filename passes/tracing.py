@@ -12,10 +12,12 @@ single Conv2d. ``compress`` rewrites both with the same form modules.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
 
 from ..copying import KEEPS_PARAMETERS, Model, copy_model
@@ -57,7 +59,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     copied = copy_model(model)
     if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)) or hasattr(copied, PARTS):
         return copied
-    parts = find_parts(copied, example_inputs)
+    with _uncalled(model):
+        parts = find_parts(copied, example_inputs)
     changed = _changed_parameters(model, copied)
     if changed:  # which graphs would not do, or at each call with what they were traced with
         copied = copy_model(model)
@@ -104,6 +107,29 @@ def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
         ) from error
     setattr(copied, PARTS, tuple(Part(name, True, given=tuple(given)) for name, given in graphs.items()))
     return copied
+
+
+@contextmanager
+def _uncalled(model: nn.Module) -> Iterator[None]:
+    """Refuse a copy whose runs call modules of the original, which something in it still holds."""
+    own = {id(module): name for name, module in model.named_modules()}
+    called: list[str] = []
+
+    def note(module: nn.Module, args: object) -> None:
+        if id(module) in own:
+            called.append(own[id(module)])
+
+    handle = register_module_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if called:
+        place = called[0] or "itself"
+        raise TraceError(
+            f"a deep copy of {type(model).__name__} still calls {place} of the original: "
+            "something that it holds is not copied; keep modules as attributes, or in an nn.ModuleList"
+        )
 
 
 def refuse_lazy(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from ..copying import memory_of
 from ..forms import BasisConv2d
 from ..kernels import weight_hooks
 from ..running import ExampleInputs, run, tensors_of
@@ -82,7 +83,7 @@ def watched_run(
         InputError: when the model fails on the inputs.
     """
     watch = _Watch(model, layers)
-    calls = _note_calls(layers)
+    calls = _note_calls(layers, watch.readers)
     watch.attach(model)
     with watch:
         output = run(model, example_inputs, training=training)
@@ -101,11 +102,13 @@ def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) 
     for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{key}".lstrip("."))
+                owners.setdefault(memory_of(parameter), []).append(f"{path}.{key}".lstrip("."))
     read: dict[str, str] = {}
     for name, layer in layers.items():
-        for parameter in layer._parameters.values():
-            others = [owner for owner in owners.get(id(parameter), ()) if owner.rpartition(".")[0] != name]
+        for parameter in layer.parameters(recurse=False):
+            others = [
+                owner for owner in owners.get(memory_of(parameter), ()) if owner.rpartition(".")[0] != name
+            ]
             if others:
                 read[name] = f"its parameter is also {others[0]}"
     for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
@@ -123,27 +126,50 @@ def _asks_for_kind(user: fx.Node, node: fx.Node) -> bool:
     return str(name) in _KIND or _makes_alike(str(name), first)
 
 
-def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, list[Call]]:
-    """Fills while the model runs: for each layer the position and the shapes of each call."""
+def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d], odd: dict[str, str]) -> dict[str, list[Call]]:
+    """Fills while the model runs: for each layer the position and the shapes of each call.
+
+    And ``odd``, by name: why a call is none that a form could take.
+    """
     found: dict[str, list[Call]] = {}
     positions, entered = Counter[str](), dict[str, torch.Size]()
 
-    def note(name: str) -> tuple[Any, Any]:
+    def note(name: str, own: Tensor | None) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            entered[name] = (args[0] if args else kwargs["input"]).shape
+            entered[name] = _shape_of((args, kwargs))
+            reason = _oddity(args, kwargs)
+            if own is not module._parameters.get("weight"):
+                reason = "its weight is exchanged for a call (torch.func.functional_call)"
+            if reason:
+                odd.setdefault(name, reason)
 
-        def leave(module: nn.Module, args: Any, output: Tensor) -> None:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
             positions["all"] += 1
-            found.setdefault(name, []).append((positions["all"], output.shape, entered[name]))
+            found.setdefault(name, []).append((positions["all"], _shape_of(output), entered[name]))
 
         return enter, leave
 
     for name, layer in layers.items():
         first, last = layer.ends if isinstance(layer, BasisConv2d) else (layer, layer)
-        enter, leave = note(name)
+        enter, leave = note(name, first._parameters.get("weight"))
         first.register_forward_pre_hook(enter, with_kwargs=True)
-        last.register_forward_hook(leave)
+        last.register_forward_hook(leave, prepend=True)  # before hooks that make something else of its output
     return found
+
+
+def _shape_of(value: Any) -> torch.Size:
+    """Of the first tensor in it; without any, of nothing."""
+    return next((tensor.shape for tensor in tensors_of(value)), torch.Size((0, 0, 0, 0)))
+
+
+def _oddity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why arguments are none that a form could take; empty for one tensor."""
+    given = args[0] if args else kwargs.get("input")
+    if len(args) + len(kwargs) != 1 or not isinstance(given, Tensor):
+        return "it is called with something else than one tensor, its input"
+    if torch._C._functorch.is_batchedtensor(given):
+        return "it is called inside of torch.vmap"
+    return ""
 
 
 class _Watch(TorchFunctionMode):

@@ -28,6 +28,7 @@ LAYERS = {
         "paper",
         "contexts",
         "running",
+        "rebinding",
         "copying",
         "calibration_data",
         "recalibration",
