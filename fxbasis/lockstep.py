@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -38,12 +39,10 @@ class _Runner:
     def _work(self, model: nn.Module, inputs: ExampleInputs) -> None:
         self._go.acquire()
         try:
-            with torch.no_grad():
+            with suppress(_Stopped), torch.no_grad():
                 if not self.stopped:
                     args, kwargs = as_arguments(map_tensors(torch.clone, inputs))  # the model may change them
                     model(*args, **kwargs)
-        except _Stopped:
-            pass
         except BaseException as error:
             self.error = error
         self.done, self.place = True, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -201,6 +202,32 @@ def test_an_atom_without_users_restarts_on_the_worst_filter() -> None:
     code, residual = coding._code(gram, torch.eye(4).double()[[0, 0]], 0, True)
     atoms = coding._least_squares(gram, code, residual, True)
     assert (atoms[1] != 0).tolist() == [False, True, False, False]
+
+
+@bases
+def test_errors_of_outputs_count_with_their_weights(basis: str) -> None:
+    gram, weights = gram_of(24), torch.rand(24).double().square() + 0.01
+    scale = weights.sqrt()
+    weighed = gram * scale * scale[:, None]
+
+    def error(code: Code) -> float:
+        return measured(weighed, replace(code, atoms=code.atoms / scale, u=code.u * scale, v=code.v * scale))
+
+    code = encode(gram, 8, 0.25, basis, weights=weights)
+    check(code, 24, 8, 6, True)
+    assert code.error == pytest.approx(error(code))
+    assert error(code) < error(encode(gram, 8, 0.25, basis))
+    assert measured(gram, code) > measured(gram, encode(gram, 8, 0.25, basis))
+
+
+def test_the_pair_beside_the_best_atom_is_no_better_than_the_best_pair() -> None:
+    weight, atoms = filters_of(30), torch.randn(9, 30).double()
+    gram = weight @ weight.mT
+    greedy, best = (
+        coding._code(gram, atoms, 30, True, pairs)[0].error
+        for pairs in (coding._greedy_pairs, coding._best_pairs)
+    )
+    assert best < greedy < coding._code(gram, atoms, 0, True)[0].error
 
 
 def test_groups_are_coded_apart() -> None:
