@@ -16,7 +16,6 @@ from torch import nn
 __all__ = ["Snapshot", "buffer_values"]
 
 _Held: TypeAlias = tuple[dict[str, Any], dict[str, Any]]
-_NOTHING: dict[str, Any] = {}
 _MODULE_KEYS = frozenset(vars(nn.Module())) | {"forward"}
 _PLAIN = frozenset(
     {bool, int, float, complex, str, bytes, type(None), torch.dtype, types.FunctionType, torch.fx.Graph}
@@ -38,7 +37,8 @@ class Snapshot:
         modules = list(modules)
         self._attributes = _lend_copies(modules) if since is None else _attributes(modules)
         members = [held for module in modules for held in (*_members_of(module), *_hooks_of(module))]
-        self._members = [(held, dict(held) if held else _NOTHING) for held in members]
+        self._members = [(held, dict(held)) for held in members if held]
+        self._empty = [held for held in members if not held]  # most: a module has a dozen dicts for hooks
         known = {} if since is None else {id(buffer): values for _, _, buffer, values in since._buffers}
         self._buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = [
             (module._buffers, name, buffer, _values(buffer, known.get(id(buffer))))
@@ -55,9 +55,11 @@ class Snapshot:
             for key in held.keys() - before.keys() - _MODULE_KEYS:
                 del held[key]
             held.update(before)
-        for members, names in self._members:  # what a forward adds, or puts where None was
-            members.clear()
-            members.update(names)
+        for held in self._empty:  # what a forward adds
+            held.clear()
+        for held, names in self._members:  # or puts where None was
+            held.clear()
+            held.update(names)
         with torch.no_grad():
             for buffers, name, buffer, values in self._buffers:
                 _put_back(buffer, values)
