@@ -45,8 +45,12 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     held = tensors_of([part for part in parts if id(part) not in memo])
     computed = [tensor for tensor in held if tensor.grad_fn is not None]
     try:
-        memo |= {id(p): p if share_parameters else _copied(p, memo) for p in parameters}
-        _tie_([] if share_parameters else parameters, memo)
+        if share_parameters:
+            memo |= {id(parameter): parameter for parameter in parameters}
+        else:
+            own = [p for p in parameters if isinstance(p, nn.Parameter)]  # those of ScriptModules are none
+            memo |= {id(parameter): _copied(parameter, memo) for parameter in own}
+            _tie_(own, memo)
         memo |= {id(tensor): _without_history(tensor, memo) for tensor in computed}
         with seeded():  # a class that builds its copies anew draws random numbers
             copied = copy.deepcopy(model, memo)

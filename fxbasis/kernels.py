@@ -52,8 +52,8 @@ _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1
 _PARTS = ("g", "v", "u", "orig", "mask")
 _CALLED = ("forward", "_conv_forward", "_call_impl")
 _OF_MODULES = (
-    *("train", "eval", "state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"),
-    *("get_extra_state", "set_extra_state", "parameters", "named_parameters", "_apply"),
+    *("train", "eval", "state_dict", "_save_to_state_dict"),
+    *("get_extra_state", "parameters", "named_parameters", "_apply"),
     *("__getattr__", "__setattr__", "__delattr__", "__deepcopy__"),
 )
 _OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")

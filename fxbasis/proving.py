@@ -33,6 +33,8 @@ from .running import ExampleInputs, in_mode, run
 
 __all__ = ["rewrite_difference"]
 
+_OF_CONVS = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))  # there it draws no random numbers
+
 
 def rewrite_difference(
     original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs
@@ -95,8 +97,8 @@ def _reconstructed(conv: nn.Conv2d, form: BasisConv2d) -> nn.Conv2d:
     folded, kernel = form.to_conv2d(), kernel_of(conv).conv
     folded.__class__ = type(kernel) if form.plan.effective else own_class(conv)
     carry_hooks(conv, folded)
-    plain = vars(kernel).keys() - vars(nn.Conv2d(1, 1, 1)).keys()
-    vars(folded).update({key: vars(conv)[key] for key in plain & vars(conv).keys()})
+    own = vars(kernel).keys() & vars(conv).keys() - _OF_CONVS
+    vars(folded).update({key: vars(conv)[key] for key in own})
     for option in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
         setattr(folded, option, getattr(kernel, option))
     folded.bias = kernel.bias

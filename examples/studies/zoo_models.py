@@ -27,7 +27,7 @@ lambda_resnet26t maxvit_nano_rw_256 maxvit_tiny_tf_224 mixnet_s mobilenetv2_050 
 mobilenetv4_hybrid_medium mobileone_s0 mobilevitv2_050 regnetz_b16 repvgg_a0 resnest26d resnet10t resnet26d
 resnet50_gn resnet51q resnetblur50 resnetv2_50x1_bit sebotnet33ts_256 semnasnet_075 seresnext26t_32x4d
 skresnext50_32x4d spnasnet_100 tf_efficientnet_lite0 tf_efficientnetv2_b0 tf_mixnet_s
-tf_mobilenetv3_small_minimal_100 tinynet_e xception41
+tf_mobilenetv3_small_minimal_100 tinynet_e vit_tiny_r_s16_p8_224 xception41
 """
 """timm models beside those: other blocks, attention, paddings and weight standardisation."""
 
