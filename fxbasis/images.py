@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError
+from .models import transform_of
 from .progress import progress
 
-__all__ = ["Preparation", "images_in", "preparation_of"]
+__all__ = ["OwnTransform", "Preparation", "images_in", "preparation_of"]
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 BATCH = 50
@@ -35,6 +37,9 @@ class Preparation:
     crop: float = 0.875
     source: str = "the usual ones of ImageNet, as the model names none"
 
+    def __str__(self) -> str:
+        return f"by mean {self.mean} and deviation {self.std}: {self.source}"
+
     def __call__(self, image: Any, size: tuple[int, int, int]) -> Tensor:
         """A PIL image to (C, H, W) of the given size."""
         from torchvision.transforms import functional
@@ -51,6 +56,40 @@ class Preparation:
         return made
 
 
+@dataclass(frozen=True)
+class OwnTransform:
+    """The transform that stands beside the user's model.
+
+    Attributes:
+        transform: a PIL image to a tensor (C, H, W).
+        source: the module or file of both, for people.
+    """
+
+    transform: Callable[[Any], Any]
+    source: str
+
+    def __str__(self) -> str:
+        return f"by the transform of {self.source}"
+
+    def __call__(self, image: Any, size: tuple[int, int, int]) -> Tensor:
+        """A PIL image to (C, H, W), which must be the given size."""
+        mode = "L" if size[0] == 1 else "RGB"
+        try:
+            made = self.transform(_of_8_bits(image).convert(mode))
+        except Exception as error:
+            raise UsageError(
+                f"transform of {self.source} raised {type(error).__name__}: {error}; it must take a PIL "
+                f"image ({mode})"
+            ) from error
+        if not isinstance(made, Tensor) or tuple(made.shape) != size:
+            found = f"{tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+            raise UsageError(
+                f"transform of {self.source} gave {found} for an input of {size}; let it give such a tensor, "
+                "or pass its size to --input"
+            )
+        return made
+
+
 def _of_8_bits(image: Any) -> Any:
     """The same image; where it has 16 bits, which ``convert`` would cut off at 255, scaled to 8."""
     if not image.mode.startswith("I"):
@@ -58,8 +97,8 @@ def _of_8_bits(image: Any) -> Any:
     return image.convert("I").point(lambda value: value * (1 / 257))
 
 
-def preparation_of(spec: str) -> Preparation:
-    """The preparation that torchvision or timm states for a model; the usual one for others.
+def preparation_of(spec: str) -> Preparation | OwnTransform:
+    """What torchvision or timm states for a model, or the transform beside it; the usual one for others.
 
     >>> preparation_of("torchvision:resnet18").mean
     (0.485, 0.456, 0.406)
@@ -80,11 +119,12 @@ def preparation_of(spec: str) -> Preparation:
             return Preparation(
                 tuple(config.mean), tuple(config.std), config.crop_pct, "those of timm's weights"
             )
-    return Preparation()
+    own, place = transform_of(spec), spec.rpartition(":")[0]
+    return Preparation() if own is None else OwnTransform(own, place)
 
 
 def images_in(
-    folder: str | Path, size: tuple[int, int, int], prepare: Preparation, most: int = 1000
+    folder: str | Path, size: tuple[int, int, int], prepare: Preparation | OwnTransform, most: int = 1000
 ) -> list[Tensor]:
     """Batches (50, C, H, W) of the images in a folder and its subfolders, at random if there are too many.
 

@@ -49,7 +49,7 @@ def load_model(
         UsageError: no such model, a callable that fails or returns something else, or unusable weights.
         MissingExtraError: a timm model without timm.
     """
-    zoo = spec.startswith(("torchvision:", "timm:"))
+    zoo = of_zoo(spec)
     source, _, name = spec.partition(":") if zoo else spec.rpartition(":")
     if not source or not name:
         raise UsageError(f"model {spec!r} is not of the form source:name; write {FORMS}")
@@ -85,6 +85,11 @@ def parse_input(text: str) -> torch.Tensor:
         raise UsageError(f"input {text!r} does not fit into memory; use smaller sizes") from error
 
 
+def of_zoo(spec: str) -> bool:
+    """Whether torchvision or timm makes the model."""
+    return spec.startswith(("torchvision:", "timm:"))
+
+
 def load_function(spec: str) -> Callable[..., Any]:
     """The function that ``package.module:function`` or ``path/to/file.py:function`` names.
 
@@ -101,6 +106,16 @@ def load_function(spec: str) -> Callable[..., Any]:
             f"{source} has no function {name!r}; name one that takes a model and returns a score"
         )
     return found  # type: ignore[no-any-return]
+
+
+def transform_of(spec: str) -> Callable[[Any], Any] | None:
+    """What is called ``transform`` in the module or file of a user's own model; None without it."""
+    if of_zoo(spec):
+        return None
+    source = spec.rpartition(":")[0]
+    with _searching([Path(source).parent.resolve(), Path.cwd()]):
+        found = getattr(_import(source), "transform", None)
+    return found if callable(found) else None
 
 
 @contextmanager

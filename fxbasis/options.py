@@ -99,12 +99,7 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     add_budget(parser)
     add_calibration(parser)
     parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of those above")
-    parser.add_argument(
-        "--keep-if-slower",
-        action="store_true",
-        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense, "
-        "and what is planned here must also be no slower as a whole",
-    )
+    add_keep_if_slower(parser)
     add_timing(parser)
 
 
@@ -146,12 +141,23 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_keep_if_slower(parser: argparse.ArgumentParser) -> None:
+    """Whether times are looked at."""
+    parser.add_argument(
+        "--keep-if-slower",
+        action="store_true",
+        help="rewrite layers that measure slower than dense in ONNX Runtime, too; otherwise they stay dense, "
+        "and what is planned here must also be no slower as a whole",
+    )
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Unlabelled images."""
     parser.add_argument(
         "--calibration",
         metavar="FOLDER",
-        help="images without labels, in any subfolders; prepared as torchvision or timm states for MODEL",
+        help="images without labels, in any subfolders; prepared as torchvision or timm states for MODEL, or "
+        "by what is called transform beside CALLABLE (of a PIL image, to a tensor)",
     )
     parser.add_argument(
         "--statistics",
@@ -178,9 +184,7 @@ def calibration_remark(options: argparse.Namespace) -> tuple[str, ...]:
 
     if options.calibration is None:
         return ()
-    found = preparation_of(options.model)
-    numbers = f"mean {found.mean}, deviation {found.std}"
-    return (f"Calibration images of {options.calibration} were normalised by {numbers}: {found.source}.",)
+    return (f"Calibration images of {options.calibration} were prepared {preparation_of(options.model)}.",)
 
 
 def planning(options: argparse.Namespace) -> dict[str, Any]:

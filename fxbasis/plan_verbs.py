@@ -11,6 +11,7 @@ from .options import (
     Result,
     add_budget,
     add_calibration,
+    add_keep_if_slower,
     add_model,
     count,
     load_calibration,
@@ -82,6 +83,7 @@ def _sensitivities(options: argparse.Namespace) -> Result:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     add_budget(parser)
+    add_keep_if_slower(parser)
     parser.add_argument("--threads", type=count, default=1, help="of the runs that are timed (default 1)")
     parser.add_argument("--out", required=True, metavar="FILE.json", help="the plan, for compress --plan")
 
@@ -93,8 +95,9 @@ def _plan(options: argparse.Namespace) -> Result:
 
     path, picture, how = check_target(Path(options.out)), _picture(options), _common(options)
     asked = asked_for(**{name: how.pop(name, None) for name in LIMITS})
-    model, example, calibration = _loaded(options)
     cost = "params" if list(asked) == ["params"] else "macs"
+    asked |= {} if options.keep_if_slower else {"latency": asked.get("latency", 1.0)}
+    model, example, calibration = _loaded(options)
     front = pareto(model, example, calibration=calibration, cost=cost, **how)
     found = front.within(asked, threads=options.threads)
     found.to_json(path)

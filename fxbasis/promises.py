@@ -7,6 +7,8 @@ from typing import Any
 
 __all__ = ["promised"]
 
+EXACT = "merging, exact"
+"""The solver that finds the best choice, not only one within a bound."""
 _NAMES = {"macs": "MACs", "params": "parameters", "latency": "time"}
 _OF_PLANS = {**_NAMES, "max_drop": "predicted change"}
 
@@ -41,11 +43,7 @@ def _planned(forecast: Mapping[str, Any]) -> str:
     told.append(f"change {forecast['change']:.3g} {forecast['unit']}")
     text = f"Planned for {' and '.join(asked)}. Predicted: {', '.join(told)}"
     if "estimator" in forecast:
-        text += (
-            f" (+- {forecast['error']:.1g}; {forecast['estimator']}, {forecast['images']} images; before the "
-            f"sequential refit; no plan of these candidates is below {forecast['bound']:.3g} "
-            f"{_NAMES.get(forecast['objective'], forecast['objective'])})"
-        )
+        text += f" ({_estimated(forecast)}; before the sequential refit; {_certified(forecast)})"
     text += "."
     if "measured change" in forecast:
         found, rounds = forecast["measured change"], forecast["rounds"]
@@ -53,6 +51,21 @@ def _planned(forecast: Mapping[str, Any]) -> str:
     if "measured latency" in forecast:
         text += f" Measured before the fit: time {forecast['measured latency']:.3f}."
     return text
+
+
+def _estimated(forecast: Mapping[str, Any]) -> str:
+    """By what, and how surely where it comes from images."""
+    if not forecast["images"]:
+        return str(forecast["estimator"])
+    return f"+- {forecast['error']:.1g}; {forecast['estimator']}, {forecast['images']} images"
+
+
+def _certified(forecast: Mapping[str, Any]) -> str:
+    """How far from the best it can be; in rounds, by the candidates of the first."""
+    if forecast["solver"] == EXACT and "rounds" not in forecast:
+        return "the best of these candidates"
+    objective = _NAMES.get(forecast["objective"], forecast["objective"])
+    return f"no plan of these candidates is below {forecast['bound']:.3g} {objective}"
 
 
 def _fitted(fit: Mapping[str, Any]) -> str:

@@ -24,11 +24,12 @@ from .candidates import CHANGE, LARGEST, Choice, Columns, Layers, added
 from .errors import PlanError, SelectionError
 from .fronts import Floats, merge, table
 from .programs import least_factor, solve_program
+from .promises import EXACT
 
 __all__ = ["choose", "minimax", "minimise"]
 
 _ROUNDING = 1e-9  # of the sum of magnitudes: below, two sums are not told apart when choices are dropped
-_EXACT, _PROGRAM = "merging, exact", "integer program"
+_PROGRAM = "integer program"
 
 
 def choose(layers: Layers, budgets: Mapping[str, float], combine: str = "sum") -> Choice:
@@ -62,7 +63,7 @@ def choose(layers: Layers, budgets: Mapping[str, float], combine: str = "sum") -
     values = made.column(CHANGE)
     if len(costs) == 1:
         found = _knapsack(values, costs[0], *budgets.values())
-        return made.choice(found[0], CHANGE, found[1], _EXACT)
+        return made.choice(found[0], CHANGE, found[1], EXACT)
     solved = solve_program(values, costs, list(budgets.values()))
     if solved is None:
         raise _unreachable(budgets, costs)
@@ -97,7 +98,7 @@ def minimise(layers: Layers, cost_name: str, max_change: float, combine: str = "
     if least > max_change:
         raise PlanError(f"no choice changes less than {least}, and max_change is {max_change}; raise it")
     picks, bound = _knapsack(made.column(cost_name), changes, max_change)
-    return made.choice(picks, cost_name, bound, _EXACT)
+    return made.choice(picks, cost_name, bound, EXACT)
 
 
 def minimax(layers: Layers, budgets: Mapping[str, float]) -> Choice:

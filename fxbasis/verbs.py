@@ -60,7 +60,7 @@ def _doctor(options: argparse.Namespace) -> Result:
 def _compress(options: argparse.Namespace) -> Result:
     from .compression import compress
     from .files import check_folder
-    from .models import parse_input
+    from .models import of_zoo, parse_input
     from .passes.settings import RANK_RULES
     from .reporting import report
 
@@ -92,7 +92,7 @@ def _compress(options: argparse.Namespace) -> Result:
         example,
         options.out,
         title=options.model,
-        remarks=remarks if options.weights or not _zoo(options.model) else (random, *remarks),
+        remarks=remarks if options.weights or not of_zoo(options.model) else (random, *remarks),
         runs=options.runs,
         threads=options.threads,
     )
@@ -101,10 +101,6 @@ def _compress(options: argparse.Namespace) -> Result:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _zoo(spec: str) -> bool:
-    return spec.startswith(("torchvision:", "timm:"))
 
 
 def _add_fold(parser: argparse.ArgumentParser) -> None:

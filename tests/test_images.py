@@ -1,5 +1,6 @@
 """Calibration images of every kind, as the inputs of a model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from fxbasis import UsageError
-from fxbasis.images import BATCH, Preparation, images_in, preparation_of
+from fxbasis.images import BATCH, OwnTransform, Preparation, images_in, preparation_of
 
 PLAIN = Preparation(mean=(0.0,) * 3, std=(1.0,) * 3)
 RAMP = np.linspace(0, 255, 40, dtype=np.uint8)[None].repeat(30, 0)
@@ -85,7 +86,9 @@ def test_mistakes_end_with_the_remedy(tmp_path: Path) -> None:
             images_in(tmp_path, (3, 8, 8), PLAIN)
 
 
-@pytest.mark.parametrize("spec", ["net.py:net", "timm:hf-hub:somebody/net", "torchvision:raft_small"])
+@pytest.mark.parametrize(
+    "spec", ["collections:OrderedDict", "timm:hf-hub:somebody/net", "torchvision:raft_small"]
+)
 def test_a_model_that_names_no_preparation_gets_the_usual_one(spec: str) -> None:
     assert preparation_of(spec) == Preparation()
     assert "names none" in preparation_of(spec).source
@@ -97,3 +100,27 @@ def test_the_preparation_of_a_known_model_is_its_own() -> None:
     inception = preparation_of("timm:inception_v3.gluon_in1k")
     assert preparation_of("timm:mixer_b16_224").mean == (0.5, 0.5, 0.5)
     assert inception.source == "those of timm's weights"
+
+
+def own(transform: Callable[[Image.Image], object]) -> OwnTransform:
+    return OwnTransform(transform, "net.py")
+
+
+def test_the_transform_beside_a_model_prepares_its_images(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n\n\ndef transform(image):\n    return torch.full((3, 4, 5), float(image.width))\n"
+    )
+    found = preparation_of(f"{tmp_path}/net.py:net")
+    assert str(found) == f"by the transform of {tmp_path}/net.py"
+    assert torch.equal(found(Image.new("L", (7, 6)), (3, 4, 5)), torch.full((3, 4, 5), 7.0))
+    assert own(lambda image: torch.zeros(1, 2, 2))(Image.new("RGB", (2, 2)), (1, 2, 2)).shape == (1, 2, 2)
+
+
+def test_a_transform_that_does_not_fit_ends_with_the_remedy() -> None:
+    image = Image.new("RGB", (4, 4))
+    with pytest.raises(UsageError, match=r"net.py gave \(3, 9, 9\) for an input of \(3, 4, 4\); .* --input"):
+        own(lambda image: torch.zeros(3, 9, 9))(image, (3, 4, 4))
+    with pytest.raises(UsageError, match=r"net.py gave a Image for an input of"):
+        own(lambda image: image)(image, (3, 4, 4))
+    with pytest.raises(UsageError, match=r"net.py raised KeyError: 'x'; it must take a PIL image \(RGB\)"):
+        own(lambda image: {}["x"])(image, (3, 4, 4))

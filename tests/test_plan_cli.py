@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 import fxbasis.latency
+import fxbasis.timing
 from fxbasis import Plan
 from fxbasis.cli import main
+from fxbasis.passes.records import ConvRecord
 
 INPUT = ["--input", "2x3x8x8"]
 QUICK = ["--forms", "gauge"]
@@ -99,7 +101,8 @@ def test_a_score_from_a_file_resumes(run: Run) -> None:
 
 def test_a_plan_is_a_file_that_compress_reads(run: Run) -> None:
     line = [*INPUT, *QUICK, *CALIBRATION, "--images", "4", "--macs", "0.6", "--out", "plan.json"]
-    found = result(run, "plan", "tiny.py:net", *line)
+    found = result(run, "plan", "tiny.py:net", *line, "--keep-if-slower")
+    assert found["forecast"]["asked"] == {"macs": 0.6}
     assert found["forecast"]["macs"] <= 0.6
     assert found["forecast"]["images"] == 4
     assert Plan.from_json("plan.json").to_dict() == Plan.from_dict(found).to_dict()
@@ -122,7 +125,7 @@ def test_compress_plans_and_fits_by_itself(run: Run, monkeypatch: pytest.MonkeyP
     text = Path("small/report.md").read_text()
     assert "Planned for MACs at most 0.6" in text
     assert "Fitted to 6 images" in text
-    assert "Calibration images of images were normalised by mean (0.485" in text
+    assert "Calibration images of images were prepared by mean (0.485" in text
     assert "promise failed: MACs" not in text
     for verb, out in (("profile", []), ("fold", ["--out", "folded.safetensors"])):
         code, _, err = run(verb, "tiny.py:net", *INPUT, "--compressed", "small", *out)
@@ -131,13 +134,41 @@ def test_compress_plans_and_fits_by_itself(run: Run, monkeypatch: pytest.MonkeyP
 
 def test_largest_drop_score_and_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ["plan", "tiny.py:net", *INPUT, *QUICK, "--out", "plan.json"]
-    found = result(run, *line, *CALIBRATION, "--max-drop", "0.01")["forecast"]
+    found = result(run, *line, *CALIBRATION, "--max-drop", "0.01", "--keep-if-slower")["forecast"]
     assert found["change"] <= 0.01
-    found = result(run, *line, "--evaluate", "tiny.py:score", "--macs", "0.7")["forecast"]
-    assert found["unit"] == "of the score"
+    code, out, err = run(*line, "--evaluate", "tiny.py:score", "--macs", "0.7", "--keep-if-slower")
+    assert code == 0, err
+    assert "of the score (evaluate; before the sequential refit; the best of these candidates)" in out
     monkeypatch.setattr(fxbasis.latency, "layer_ms", lambda record, form, ranks, threads: record.macs / 1e6)
     monkeypatch.setattr(fxbasis.latency, "_measured", lambda *_: 0.65)
     assert result(run, *line, *CALIBRATION, "--latency", "0.7")["forecast"]["measured latency"] == 0.65
+
+
+def test_a_plan_keeps_its_budget_in_compress(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {1: 2.0, 2: 0.5}  # times of dense: the first layer is slower in every form
+
+    def took(record: ConvRecord, form: str, *_: object) -> float:
+        return 1.0 if form == "dense" else slow[record.index]
+
+    monkeypatch.setattr(fxbasis.latency, "layer_ms", took)
+    monkeypatch.setattr(fxbasis.timing, "time_ratio", lambda record, *_: slow[record.index])
+    monkeypatch.setattr(fxbasis.latency, "_measured", lambda *_: 0.8)
+    line = ["tiny.py:net", *INPUT, *QUICK, *CALIBRATION]
+    found = result(run, "plan", *line, "--macs", "0.6", "--out", "plan.json")
+    assert [layer["form"] for layer in found["layers"]] == ["dense", "gauge"]
+    done = result(
+        run, "compress", "tiny.py:net", *INPUT, *RUNS, *CALIBRATION, "--plan", "plan.json", "--out", "s"
+    )
+    assert done["profile"]["macs"] <= 0.6 * done["profile"]["macs_before"]
+
+
+def test_images_are_prepared_by_the_transform_beside_the_model(run: Run) -> None:
+    with open("tiny.py", "a") as file:
+        file.write("\n\ntransform = lambda image: torch.full((3, 8, 8), float(image.size[0]))\n")
+    line = ["compress", "tiny.py:net", *INPUT, *QUICK, *RUNS, *CALIBRATION, "--macs", "0.6", "--out", "small"]
+    done = result(run, *line, "--keep-if-slower")
+    assert done["forecast"]["fit"]["images"] == 6
+    assert "of images were prepared by the transform of tiny.py" in Path("small/report.md").read_text()
 
 
 @pytest.mark.parametrize(
