@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .errors import UsageError
 from .options import (
@@ -61,23 +62,10 @@ def _compress(options: argparse.Namespace) -> Result:
     from .compression import compress
     from .files import check_folder
     from .models import of_zoo, parse_input
-    from .passes.settings import RANK_RULES
     from .reporting import report
 
     check_folder(Path(options.out))
-    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "beta", "effective_weights")
-    chosen = {key: getattr(options, key) for key in names}
-    given = {key: value for key, value in chosen.items() if value is not None} | planning(options)
-    if options.plan and given:
-        flags = ", ".join(map(_flag, given))
-        raise UsageError(f"--plan decides instead of {flags}; give one of them")
-    rules = [_flag(name) for name in RANK_RULES if name in given]
-    budget = any(name in given for name in LIMITS)
-    if len(rules) + budget > 1:
-        both = [*rules, *(_flag(name) for name in LIMITS if name in given)]
-        raise UsageError(f"{' and '.join(both[:2])} both say the rank; give one of them")
-    if "size" in given:
-        given["size"] = number(given["size"])
+    given = _asked(options)
     example = parse_input(options.input)
     model = load_chosen(options)
     timing = {"keep_if_slower": options.keep_if_slower, "threads": options.threads}
@@ -97,6 +85,25 @@ def _compress(options: argparse.Namespace) -> Result:
         threads=options.threads,
     )
     return Result(f"{done.profile.table()}\n\n{done}\nwritten to {options.out}", done.to_dict())
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What decides on layers, forms and ranks, as far as given; refuses what contradicts itself."""
+    from .passes.settings import RANK_RULES
+
+    names = ("layers", *RANK_RULES, "multiple", "form", "method", "fixed_basis", "beta", "effective_weights")
+    chosen = {key: getattr(options, key) for key in names}
+    given = {key: value for key, value in chosen.items() if value is not None} | planning(options)
+    if options.plan and given:
+        flags = ", ".join(map(_flag, given))
+        raise UsageError(f"--plan decides instead of {flags}; give one of them")
+    rules = [_flag(name) for name in RANK_RULES if name in given]
+    limits = [_flag(name) for name in LIMITS if name in given]
+    if len(rules) + bool(limits) > 1:
+        raise UsageError(f"{' and '.join([*rules, *limits][:2])} both say the rank; give one of them")
+    if "size" in given:
+        given["size"] = number(given["size"])
+    return given
 
 
 def _flag(name: str) -> str:
