@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from .calibrating import fit_to_data_
 from .choices import asked_for
 from .compositions import ReducedComposition
 from .copying import copy_model
-from .errors import FxBasisWarning, InputError, PlanError, SelectionError
+from .errors import FxBasisWarning, InputError, PlanError, SelectionError, VerificationError
 from .forms import BasisConv2d, layer_plan
 from .kernels import kernel_of
 from .passes.folding import fold
@@ -24,7 +25,7 @@ from .passes.rewriting import check_plan, check_weight, effective_weight_note, r
 from .passes.selection import Layers, select
 from .passes.settings import WeightOf
 from .planning import plan_for
-from .proving import rewrite_difference
+from .proving import blamed, rewrite_difference
 from .recipe import FORECAST, Plan
 from .running import ExampleInputs
 from .sensitivities import estimator_for
@@ -138,22 +139,49 @@ def compress(
     searched = {"forms": forms, "evaluate": evaluate}
     budget = any(value is not None for value in limits.values())
     _check_no_contradiction(budget, plan, rules, form_of | {"effective_weights": effective_weights}, searched)
-    subject = subject_of(model, example_inputs, calibration, statistics)
-    traced = subject.model if calibration is None else copy_model(subject.model)
-    if budget:
-        asked = asked_for(**limits)
-        asked |= {} if keep_if_slower else {"latency": asked.get("latency", 1.0)}
-        plan = _planned(subject, asked, layers, forms, multiple, evaluate, threads)
-    elif plan is None:
-        chosen = {name: value for name, value in rules.items() if value is not None} or {"size": size}
-        settings = {**form_of, "multiple": multiple, **chosen}
-        plan = _selected(traced, example_inputs, layers, settings, effective_weights)
-    else:
-        plan = _given(plan)
-    if not budget and not keep_if_slower:
-        _check(traced, plan)
-        plan = without_slower(plan, number_convs(traced, example_inputs), threads)
-    return _rewritten(model, traced, plan, subject)
+    given = _given(plan)
+
+    def decide(subject: Subject, traced: nn.Module) -> Plan:
+        """What is done to each layer."""
+        if budget:
+            asked = asked_for(**limits)
+            asked |= {} if keep_if_slower else {"latency": asked.get("latency", 1.0)}
+            return _planned(subject, asked, layers, forms, multiple, evaluate, threads)
+        chosen = given
+        if chosen is None:
+            rule = {name: value for name, value in rules.items() if value is not None} or {"size": size}
+            settings = {**form_of, "multiple": multiple, **rule}
+            chosen = _selected(traced, example_inputs, layers, settings, effective_weights)
+        if keep_if_slower:
+            return chosen
+        _check(traced, chosen)
+        return without_slower(chosen, number_convs(traced, example_inputs), threads)
+
+    subject_for = partial(subject_of, model, example_inputs, calibration, statistics)
+    return _proven(model, subject_for, decide, spare=given is None)
+
+
+def _proven(
+    model: nn.Module,
+    subject_for: Callable[[Mapping[str, str]], Subject],
+    decide: Callable[[Subject, nn.Module], Plan],
+    *,
+    spare: bool,
+) -> nn.Module:
+    """The model under the plan that is decided on; layers that cannot be proven are left alone if spared."""
+    unfit: dict[str, str] = {}
+    while True:
+        subject = subject_for(unfit)
+        traced = copy_model(subject.model) if subject.batches else subject.model
+        plan = decide(subject, traced)
+        try:
+            return _rewritten(model, traced, plan, subject)
+        except VerificationError as error:
+            found = blamed(error, traced, subject.example)
+            if not (spare and found.layer):
+                raise found from error
+            unfit[found.layer] = str(found).rpartition("; ")[0]
+            warnings.warn(f"left alone: {unfit[found.layer]}", FxBasisWarning, stacklevel=3)
 
 
 def _planned(
@@ -214,10 +242,10 @@ def _rewritten(model: nn.Module, traced: nn.Module, plan: Plan, subject: Subject
     return traced
 
 
-def _given(plan: Plan | str | Path) -> Plan:
+def _given(plan: Plan | str | Path | None) -> Plan | None:
     if isinstance(plan, (str, Path)):
         return Plan.from_json(plan)
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, Plan | None):
         raise PlanError(f"plan={plan!r} is a {type(plan).__name__}; pass a Plan, or the path of its file")
     return plan
 

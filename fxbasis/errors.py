@@ -31,7 +31,13 @@ class PlanError(FxBasisError):
 
 
 class VerificationError(FxBasisError):
-    """A rewrite, fold, load or export whose outputs differ from what they must equal."""
+    """A rewrite, fold, load or export whose outputs differ from what they must equal.
+
+    Attributes:
+        layer: the name of the convolution at fault; empty where it is not known.
+    """
+
+    layer: str = ""
 
 
 class ExportError(FxBasisError):

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ from .copying import copy_to_run
 from .errors import InputError, VerificationError
 from .forms import BasisConv2d
 from .kernels import kernel_of, makers_of, original_forward, own_class
+from .passes.folding import fold, fold_layers
 from .passes.numbering import conv_layers
 from .passes.tracing import python_in_train
+from .recipe import LayerPlan
 from .running import ExampleInputs, in_mode, run
 
-__all__ = ["rewrite_difference"]
+__all__ = ["blamed", "rewrite_difference"]
 
 _OF_CONVS = frozenset(vars(nn.Conv2d(1, 1, 1, device="meta")))  # there it draws no random numbers
 
@@ -55,6 +58,40 @@ def rewrite_difference(
     return Difference(max(d.absolute for d in found), max(d.relative for d in found))
 
 
+def blamed(
+    error: VerificationError, compressed: nn.Module, example_inputs: ExampleInputs
+) -> VerificationError:
+    """The error of a proof with the layer that is at fault, as far as one is.
+
+    Where only the outputs of the model differ, something asks what a layer is. Layers are then folded from
+    the last on, halving them, until the others are proven: the first of those at fault is left.
+    """
+    if error.layer:
+        return error
+    names = [name for name, layer in conv_layers(compressed).items() if isinstance(layer, BasisConv2d)]
+    folded, low, high = fold(compressed), 0, len(names)
+    while high - low > 1:
+        middle = (low + high) // 2
+        proven = _is_proven(folded, fold_layers(compressed, names[middle:]), example_inputs)
+        low, high = (middle, high) if proven else (low, middle)
+    if not names or not _is_proven(folded, fold_layers(compressed, names[low:]), example_inputs):
+        return error
+    found = VerificationError(
+        f"{names[low]}: something asks what it is, or keeps it where it cannot be exchanged, so that the "
+        "outputs of the model differ; leave it out of layers="
+    )
+    found.layer = names[low]
+    return found
+
+
+def _is_proven(original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs) -> bool:
+    try:
+        rewrite_difference(original, compressed, example_inputs)
+    except VerificationError:
+        return False
+    return True
+
+
 def _differences(
     original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool
 ) -> list[Difference]:
@@ -63,33 +100,44 @@ def _differences(
     checked = copy_to_run(compressed)
     dense: dict[str, Any] = dict(conv_layers(reference))
     found = [Difference(0.0, 0.0)]
-    calls: Counter[str] = Counter()
+    calls: Counter[LayerPlan] = Counter()
     for name, form in conv_layers(checked).items():
         if isinstance(form, BasisConv2d):
             folded = _reconstructed(dense[name], form)
             check = None if training else _kernel_check(dense[name], form)
             _watch(form, folded, found, check, training=training)
             dense[name].__class__, dense[name].__dict__ = type(folded), folded.__dict__  # wherever it is held
-            dense[name].register_forward_hook(lambda *_, key=str(form.plan): calls.update([key]))
-            form.ends[1].register_forward_hook(lambda *_, key=str(form.plan): calls.subtract([key]))
+            dense[name].register_forward_hook(lambda *_, key=form.plan: calls.update([key]))
+            form.ends[1].register_forward_hook(lambda *_, key=form.plan: calls.subtract([key]))
     try:
         expected = run(reference, example_inputs, training=training)
     except InputError:
         if training:
             return found
         raise
-    actual = run(checked, example_inputs, training=training)
-    lost = [name for name, count in calls.items() if count]
+    actual = _run(checked, example_inputs, training=training)
+    lost = [layer for layer, count in calls.items() if count]
     if lost:
-        raise VerificationError(
-            f"{lost[0]} is called from outside of the module tree too (a plain list, a closure), or its "
-            "class is asked for, where it cannot be exchanged; keep it in an nn.ModuleList, or leave it out "
-            "of layers="
-        )
+        with _naming(lost[0]):
+            raise VerificationError(
+                f"{lost[0]} is called from outside of the module tree too (a plain list, a closure), or its "
+                "class is asked for, where it cannot be exchanged; keep it in an nn.ModuleList, or leave it "
+                "out of layers="
+            )
     what = f"compressed {type(original).__name__} against the original with the folded weights"
     what += " in train()" * training
     check_equal(expected, actual, what, "leave it as it is and report the model")
     return found
+
+
+def _run(compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool) -> Any:
+    """Its output on inputs that the original takes."""
+    try:
+        return run(compressed, example_inputs, training=training)
+    except InputError as error:
+        raise VerificationError(
+            f"compressed, the model fails where the original runs: {error}; leave the layer out of layers="
+        ) from error
 
 
 def _reconstructed(conv: nn.Conv2d, form: BasisConv2d) -> nn.Conv2d:
@@ -128,19 +176,31 @@ def _watch(
     def expect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input = args[0] if args else kwargs["input"]
         if check is not None:
-            check(input)
+            with _naming(form.plan):
+                check(input)
         with torch.random.fork_rng(), in_mode(folded, training):  # the form draws the same numbers
             waiting.append((input, folded.forward(input)))
 
     def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         input, expected = waiting.pop()
         what, remedy = f"{form.plan} against its fold", "leave it out of layers="
-        found.append(check_equal(expected, output, what, remedy, lambda: _size_of_terms(folded, input)))
+        with _naming(form.plan):
+            found.append(check_equal(expected, output, what, remedy, lambda: _size_of_terms(folded, input)))
         return expected
 
     first, last = form.ends
     first.register_forward_pre_hook(expect, with_kwargs=True)
     last.register_forward_hook(compare, prepend=True)  # before the hooks that the layer has
+
+
+@contextmanager
+def _naming(layer: LayerPlan) -> Iterator[None]:
+    """Tell errors which layer they are of."""
+    try:
+        yield
+    except VerificationError as error:
+        error.layer = layer.name
+        raise
 
 
 def _size_of_terms(conv: nn.Conv2d, input: Tensor) -> float:

@@ -19,11 +19,12 @@ from .promises import promised
 from .structures import FORMS, Ranks, Step, settled
 from .tables import aligned
 
-__all__ = ["DENSE", "FORECAST", "LAYER", "LayerPlan", "Plan"]
+__all__ = ["DENSE", "FORECAST", "LAYER", "UNFIT", "LayerPlan", "Plan"]
 
 FORMAT = 2
 DENSE = "dense"
 LAYER = "fxbasis_layer"  # the attribute of a module that holds its LayerPlan
+UNFIT = "fxbasis_unfit"  # the attribute of a convolution that says why no form of it could be proven
 FORECAST = "fxbasis_forecast"  # the attribute of a compressed model that holds what was expected of it
 
 

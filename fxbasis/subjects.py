@@ -25,7 +25,7 @@ from .passes.records import ConvRecord, ConvTable
 from .passes.rewriting import rewrite
 from .passes.tracing import trace
 from .proposals import excluded
-from .recipe import LayerPlan, Plan
+from .recipe import UNFIT, LayerPlan, Plan
 from .refitting import batchnorms_behind
 from .running import ExampleInputs, batch_size, run, tensors_of
 from .statistics import LayerStatistics, collect
@@ -154,8 +154,14 @@ def subject_of(
     example_inputs: ExampleInputs,
     calibration: Iterable[Any] | None,
     statistics: str | Path | None = None,
+    unfit: Mapping[str, str] | None = None,
 ) -> Subject:
-    """Trace, number, and read the batches; ``statistics`` is the file that keeps those of the layers.
+    """Trace, number, and read the batches.
+
+    Args:
+        model, example_inputs, calibration: as of ``compress``.
+        statistics: the file that keeps the sums over the batches.
+        unfit: by the names of convolutions that are left alone, why.
 
     Raises:
         InputError: for calibration data that cannot be read twice, or holds nothing, or a file without data.
@@ -167,6 +173,8 @@ def subject_of(
         raise InputError("statistics= keeps the sums of calibration data; pass calibration= too")
     kept = None if statistics is None else check_target(Path(statistics))
     traced = trace(model, example_inputs)
+    for name, reason in (unfit or {}).items():
+        vars(traced.get_submodule(name))[UNFIT] = reason
     table = number_convs(traced, example_inputs)
     batches = () if calibration is None else tuple(inputs_of(batch) for batch in checked(calibration))
     return Subject(traced, example_inputs, table, batches, kept)

@@ -71,4 +71,4 @@ def _text(ranks: Ranks) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, FxBasisWarning, stacklevel=6)
+    warnings.warn(text, FxBasisWarning, stacklevel=8)

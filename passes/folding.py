@@ -6,7 +6,7 @@ Names, ``state_dict`` keys and their order are the original's again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import fx, nn
 
@@ -18,7 +18,7 @@ from .base import FxPass, call_sites, keep_meta
 from .numbering import conv_layers
 from .rewriting import graphs_in, names_of
 
-__all__ = ["FoldPass", "chains_in", "fold", "fold_modules", "join"]
+__all__ = ["FoldPass", "chains_in", "fold", "fold_layers", "fold_modules", "join"]
 
 
 class FoldPass(FxPass):
@@ -26,14 +26,15 @@ class FoldPass(FxPass):
 
     def change(self, graph_module: fx.GraphModule) -> int:
         """Join call sites, then exchange modules; counts the layers."""
-        return _fold(graph_module)
+        return _fold(graph_module, conv_layers(graph_module))
 
 
-def _fold(model: nn.Module) -> int:
+def _fold(model: nn.Module, names: Collection[str]) -> int:
     """Find the chains of steps in every graph, exchange the modules, join the chains; counts the layers."""
-    forms = {name: layer for name, layer in conv_layers(model).items() if isinstance(layer, BasisConv2d)}
+    layers = {name: layer for name, layer in conv_layers(model).items() if name in names}
+    forms = {name: layer for name, layer in layers.items() if isinstance(layer, BasisConv2d)}
     chains = {graph: list(chains_in(graph, model, forms)) for graph in graphs_in(model)}
-    fold_modules(model)
+    fold_modules(model, names)
     for graph_module, found in chains.items():
         for chain in found:
             join(graph_module.graph, chain)
@@ -52,9 +53,10 @@ def chains_in(
             yield from _chains(graph_module, target, form)
 
 
-def fold_modules(model: nn.Module) -> None:
-    """Make every form in the module tree its folded Conv2d, in place."""
-    for name, layer in conv_layers(model).items():
+def fold_modules(model: nn.Module, names: Collection[str]) -> None:
+    """Make the forms of these names their folded Conv2d, in place, and forget what was planned for others."""
+    layers = conv_layers(model)
+    for name, layer in [(name, layers[name]) for name in names]:
         if isinstance(layer, BasisConv2d):
             become(model.get_submodule(name), layer.to_conv2d())
         elif hasattr(layer, LAYER):
@@ -79,8 +81,13 @@ def fold(model: Model) -> Model:
     >>> [name for name, _ in fold(small).named_parameters()]
     ['0.weight', '0.bias']
     """
+    return fold_layers(model, conv_layers(model))
+
+
+def fold_layers(model: Model, names: Collection[str]) -> Model:
+    """A copy in which the layers of these names are folded, and the others are as they were."""
     copied = copy_model(model)
-    _fold(copied)
+    _fold(copied, names)
     return copied
 
 

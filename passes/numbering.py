@@ -21,7 +21,7 @@ from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError
 from ..forms import RESERVED, BasisConv2d, as_form, layer_plan
 from ..kernels import KernelError, class_of, held_besides, kernel_of, weight_hooks
-from ..recipe import LayerPlan
+from ..recipe import UNFIT, LayerPlan
 from ..running import ExampleInputs
 from ..structures import FORMS, form_macs, form_params
 from .base import CONV_NUMBER, FxPass, call_sites
@@ -174,6 +174,8 @@ def _obstacle(layer: nn.Conv2d | BasisConv2d, effective_weights: bool) -> tuple[
     """Why it cannot be rewritten, empty when it can; and whether its kernel is not the stored weight."""
     if isinstance(layer, BasisConv2d):
         return "", layer.plan.effective
+    if UNFIT in vars(layer):
+        return str(vars(layer)[UNFIT]), False
     taken = sorted(RESERVED & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules})
     if taken:
         return f"its attribute {taken[0]} has another meaning in a form", False

@@ -13,8 +13,20 @@ from hard_modules import Base, assert_behaves_as, assert_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxbasis import LayerError, VerificationError, compress, fold, number_convs, parts_of, profile, trace
+from fxbasis import (
+    FxBasisWarning,
+    LayerError,
+    VerificationError,
+    compress,
+    fold,
+    number_convs,
+    parts_of,
+    plan_of,
+    profile,
+    trace,
+)
 from fxbasis.export.checking import frozen_copy
+from fxbasis.passes.selection import select
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 
@@ -171,8 +183,38 @@ def test_a_weight_that_is_read_in_train_alone_is_left_alone(kind: Callable[[], n
 
 
 def test_a_way_that_train_alone_takes_is_proven_too() -> None:
+    model = AsksForTheClassInTrain()
+    with pytest.warns(FxBasisWarning, match=r"left alone: conv 1 \(conv\).*its class is asked for"):
+        small = compress(model, X, layers="re:.*", size=1.0)
+    assert [layer.form for layer in plan_of(small)] == ["dense", "output"]
+    assert_behaves_as(model, small)
+    with pytest.raises(LayerError, match=r"conv 1 \(conv\).*its class is asked for.*leave it out of layers="):
+        compress(model, X, layers=1, size=1.0)
     with pytest.raises(VerificationError, match=r"conv 1 \(conv\).*its class is asked for"):
-        compress(AsksForTheClassInTrain(), X, layers="re:.*", size=1.0)
+        compress(model, X, plan=select(number_convs(model, X), size=4))
+
+
+class AsksInAHook(nn.Sequential):
+    """Two layers of three are asked what they are, and only the outputs of the model show it."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Conv2d(channels, 16, 3, padding=1) for channels in (3, 16, 16)))
+        for conv in (self[0], self[2]):
+            conv.register_forward_hook(lambda m, args, y: y * 2 if isinstance(m, nn.Conv2d) else y)
+
+
+@pytest.mark.parametrize("how", [{"size": 0.4}, {"macs": 0.7}, {"macs": 0.7, "calibration": [X, X]}])
+def test_layers_that_cannot_be_proven_are_found_and_left_alone(how: dict[str, Any]) -> None:
+    model = AsksInAHook().eval()
+    with pytest.warns(FxBasisWarning, match="left alone: [02]: something asks what it is"):
+        small = compress(model, X, **how)
+    table = number_convs(small, X)
+    assert table[1].status == "compressed"
+    assert {table[0].status, table[2].status} <= {"unsupported", "ok"}
+    assert "something asks what it is" in table[0].reason + table[2].reason
+    assert_behaves_as(fold(small), small)
+    with pytest.raises(VerificationError, match=r"0: something asks .*; leave it out of layers="):
+        compress(model, X, plan=select(number_convs(model, X), size=4))
 
 
 class Switching(nn.Module):
