@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from ..comparing import Difference, difference
 from ..copying import copy_to_run
 from ..errors import ExportError, FxBasisWarning, InputError, TraceError, VerificationError
-from ..running import ExampleInputs, as_arguments, batch_size, map_tensors, run, tensors_of, with_batch
+from ..nests import map_tensors, tensors_of
+from ..running import ExampleInputs, as_arguments, batch_size, run, with_batch
 
 MOST_THREADS = 256
 """More than this is taken for a mistake: each thread takes memory before the first run."""

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from ..comparing import tolerance
 from ..errors import ExportError
-from ..running import ExampleInputs, tensors_of
+from ..nests import tensors_of
+from ..running import ExampleInputs
 from .checking import Check, bound_arguments, bytes_of, frozen_copy, named_tensors
 
 ONNX_TOLERANCE = 1e-4

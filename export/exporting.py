@@ -21,7 +21,8 @@ from torch import nn
 
 from ..comparing import Difference
 from ..errors import ExportError, FxBasisError, FxBasisWarning, InputError, VerificationError
-from ..running import ExampleInputs, batch_size, run, seeded, tensors_of
+from ..nests import tensors_of
+from ..running import ExampleInputs, batch_size, run, seeded
 from .checking import (
     compared,
     frozen_copy,

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import ExportError, InputError
-from ..running import ExampleInputs, as_arguments, describe, run, seeded, tensors_of
+from ..nests import tensors_of
+from ..running import ExampleInputs, as_arguments, describe, run, seeded
 from .checking import bytes_of, feed, frozen_copy, named_inputs, named_tensors, open_session
 from .exporting import export_onnx
 

@@ -12,9 +12,33 @@ from typing import Any
 import torch
 
 from .errors import InputError
-from .running import ExampleInputs, as_arguments, seeded
+from .running import ExampleInputs, as_arguments, batch_size, seeded
 
-__all__ = ["checked", "inputs_of"]
+__all__ = ["batches_of", "checked", "inputs_of"]
+
+
+def batches_of(calibration: Iterable[Any]) -> Iterator[ExampleInputs]:
+    """What a model is given of each batch, checked.
+
+    Raises:
+        InputError: naming the batch that cannot be read, is empty or gives no inputs; and as ``checked``.
+    """
+    batches, number = iter(checked(calibration)), 0
+    while True:
+        number += 1
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise InputError(
+                f"batch {number} of the calibration data cannot be read ({type(error).__name__}: {error}); "
+                "repair it, or leave it out"
+            ) from error
+        inputs = inputs_of(batch)
+        if batch_size(inputs) == 0:
+            raise InputError(f"batch {number} of the calibration data has no sample; leave it out")
+        yield inputs
 
 
 def inputs_of(batch: Any) -> ExampleInputs:

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, TypeAlias
 
 from .candidates import DENSE, Candidate, Choice, Layers, added, averaged, envelope, undominated
-from .errors import PlanError, SelectionError
+from .errors import InputError, PlanError, SelectionError
 from .passes.profiling import profile
 from .passes.records import ConvRecord
 from .recipe import Plan
@@ -51,6 +51,8 @@ class Totals:
 def totals_of(subject: Subject) -> Totals:
     """MACs and parameters, for the example inputs."""
     work = profile(subject.model, subject.example)
+    if not work.macs:
+        raise InputError("the model does no work on the example inputs; pass a batch of at least one")
     whole = {"macs": float(work.macs), "params": float(work.params)}
     convs = {
         "macs": sum(r.macs or 0 for r in subject.table),

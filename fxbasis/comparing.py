@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils import _pytree as pytree
 
 from .errors import VerificationError
+from .nests import leaves_of
 
 TOLERANCES: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
@@ -30,31 +29,6 @@ class Difference:
 
     absolute: float
     relative: float
-
-
-def _leaves(value: Any, inside: tuple[int, ...] = ()) -> tuple[list[Any], Any]:
-    """The leaves of a nest, objects with attributes opened too, and its structure with all types."""
-    leaves, spec = pytree.tree_flatten(value)
-    flat: list[Any] = []
-    specs: list[Any] = [spec]
-    for leaf in leaves:
-        parts = _attributes(leaf)
-        if parts is None or id(leaf) in inside:
-            flat.append(leaf)
-            continue
-        inner, inner_spec = _leaves(parts, (*inside, id(leaf)))
-        flat += inner
-        specs.append((type(leaf), inner_spec))
-    return flat, tuple(specs)
-
-
-def _attributes(leaf: Any) -> dict[str, Any] | None:
-    """What an output object holds; None for tensors, plain values, classes, functions and modules."""
-    if isinstance(leaf, (torch.Tensor, nn.Module, type)) or callable(leaf):
-        return None
-    if dataclasses.is_dataclass(leaf):
-        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-    return dict(vars(leaf)) if hasattr(leaf, "__dict__") else None
 
 
 def _tensor_difference(expected: torch.Tensor, actual: torch.Tensor, what: str) -> Difference:
@@ -87,7 +61,7 @@ def difference(expected: Any, actual: Any, what: str = "comparison") -> Differen
     Raises:
         VerificationError: when containers, types, shapes or dtypes differ.
     """
-    (left, left_spec), (right, right_spec) = _leaves(expected), _leaves(actual)
+    (left, left_spec), (right, right_spec) = leaves_of(expected), leaves_of(actual)
     if left_spec != right_spec:
         raise VerificationError(
             f"{what}: an output of type {type(expected).__name__} became {type(actual).__name__} "
@@ -105,7 +79,7 @@ def difference(expected: Any, actual: Any, what: str = "comparison") -> Differen
 
 def tolerance(value: Any) -> float:
     """The tolerance for the coarsest floating dtype among the tensors of ``value``."""
-    leaves, _ = _leaves(value)
+    leaves, _ = leaves_of(value)
     dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
     return max((TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES), default=1e-5)
 

@@ -34,6 +34,7 @@ from .timing import without_slower
 
 __all__ = ["compress", "plan_of"]
 
+_SIZE = 0.5
 _FORM_DEFAULTS = {
     "form": "output",
     "method": None,
@@ -48,7 +49,7 @@ def compress(
     example_inputs: ExampleInputs,
     *,
     layers: Layers = "all",
-    size: int | float = 0.5,
+    size: int | float = _SIZE,
     macs_ratio: float | None = None,
     params_ratio: float | None = None,
     energy: float | None = None,
@@ -138,7 +139,8 @@ def compress(
     form_of = {"form": form, "method": method, "fixed_basis": fixed_basis, "beta": beta}
     searched = {"forms": forms, "evaluate": evaluate}
     budget = any(value is not None for value in limits.values())
-    _check_no_contradiction(budget, plan, rules, form_of | {"effective_weights": effective_weights}, searched)
+    ranks = {"size": size, **rules}
+    _check_no_contradiction(budget, plan, ranks, form_of | {"effective_weights": effective_weights}, searched)
     given = _given(plan)
 
     def decide(subject: Subject, traced: nn.Module) -> Plan:
@@ -220,7 +222,7 @@ def _check_no_contradiction(
         if idle:
             raise SelectionError(f"{idle[0]}= is for plans; pass a budget too, such as macs=0.5")
         return
-    given = [name for name, value in rules.items() if value is not None]
+    given = [name for name, value in rules.items() if value is not None and value != _SIZE]
     if given:
         raise SelectionError(f"{given[0]}= and a budget both say the ranks; pass one of them")
     given = [name for name, value in form.items() if value != _FORM_DEFAULTS[name]]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import TraceError
+from .nests import ATOMS, tensors_of
 from .rebinding import rebind_
-from .running import ATOMS, seeded, tensors_of
+from .running import seeded
 
 __all__ = ["KEEPS_PARAMETERS", "Model", "copy_model", "copy_to_run", "memory_of"]
 
@@ -38,6 +39,7 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
         raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("the model is a ScriptModule, which is closed; pass the nn.Module it was made of")
+    _check_delegation(model)
     parameters = list(model.parameters())
     memo: dict[int, Any] = {}
     parts = [part for module in model.modules() for part in vars(module).values() if type(part) not in ATOMS]
@@ -71,7 +73,7 @@ def copy_to_run(model: Model) -> Model:
     Raises:
         TraceError: when something that the model holds cannot be copied.
     """
-    return copy_model(model, share_parameters=getattr(model, KEEPS_PARAMETERS, False) is True)
+    return copy_model(model, share_parameters=vars(model).get(KEEPS_PARAMETERS) is True)
 
 
 def memory_of(tensor: Tensor) -> int:
@@ -99,6 +101,19 @@ def _without_history(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         return tensor.detach().clone()
     start = made.storage_offset() - base.storage_offset() + tensor.storage_offset()
     return made.as_strided(tensor.size(), tensor.stride(), start)
+
+
+def _check_delegation(model: nn.Module) -> None:
+    """Refuse a wrapper that answers for what it wraps also when asked how it is copied."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        handed = getattr(module, "__deepcopy__", None)
+        if handed is not None and not hasattr(type(module), "__deepcopy__"):
+            raise TraceError(
+                f"{name or 'the model'} ({type(module).__name__}) hands on __deepcopy__ of what it wraps, so "
+                "that a copy would be that alone; let its __getattr__ refuse names that begin with __"
+            )
 
 
 def _check_own(model: nn.Module, copied: nn.Module) -> None:

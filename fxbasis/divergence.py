@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
-from .running import tensors_of
+from .nests import tensors_of
 
 __all__ = ["divergence", "probe"]
 
-_REMEDY = 'is not defined; pass evaluate=, a function that scores a model, or estimator="output"'
+_REMEDY = (
+    "is not defined; pass evaluate=, a function that scores a model, or a plan of "
+    'fxbasis.plan(..., estimator="output")'
+)
 
 
 def divergence(expected: Any, actual: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .copying import copy_model
 from .datafit import error_of, squared
 from .divergence import divergence
+from .errors import InputError
 from .proposals import Proposal, shift_of
 from .recipe import LayerPlan
 from .running import ExampleInputs, run, seeded
@@ -111,7 +113,11 @@ class _OneLayer:
         small = copy_model(self.model) if point is None else self._built(point)
         if self.evaluate is not None:
             with seeded():
-                return {"score": float(self.evaluate(small))}
+                score = float(self.evaluate(small))
+            if not math.isfinite(score):
+                what = "the model itself" if point is None else f"{point.layer}, {_key(point.layer)}"
+                raise InputError(f"evaluate gave {score} for {what}; let it give a finite number")
+            return {"score": score}
         pairs = zip(self.batches, self.expected, strict=True)
         changes = torch.cat([divergence(expected, run(small, batch)) for batch, expected in pairs])
         return {"change": float(changes.mean()), "error": float(_errors(changes))}

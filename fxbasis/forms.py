@@ -275,7 +275,8 @@ def _check_fold(form: BasisConv2d, conv: nn.Conv2d) -> None:
         d * (k - 1) + 1 + s for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
     ]
     generator = torch.Generator().manual_seed(0)
-    patch = torch.randn(1, conv.in_channels, *extent, generator=generator, dtype=torch.float64)
+    size = (1, conv.in_channels, *extent)
+    patch = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     weight, options = conv.weight.to("cpu", torch.float64), (None, conv.stride, 0, conv.dilation, conv.groups)
     if form.plan.called:
         expected = chained(form.plan, form.factors, patch)

@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 
 from .contexts import contexts, open_contexts
 from .copying import copy_model
-from .running import in_mode, seeded, tensors_of
+from .nests import tensors_of
+from .running import in_mode, seeded
 
 __all__ = [
     "Kernel",

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .running import ExampleInputs, as_arguments, in_mode, map_tensors, seeded, uncompiled
+from .nests import map_tensors
+from .running import ExampleInputs, as_arguments, in_mode, seeded, uncompiled
 
 __all__ = ["lockstep"]
 

@@ -21,13 +21,15 @@ from torch import nn
 from .choices import Totals, asked_for, candidates_of, made_plan, planned, totals_of
 from .errors import PlanError, SelectionError
 from .estimating import Fitted
+from .export.checking import check_threads
 from .fronts import Front, front
 from .latency import planned_by_time
+from .passes.ranking import is_whole
 from .passes.selection import Layers
 from .recipe import Plan
 from .relinearising import in_rounds
 from .running import ExampleInputs
-from .sensitivities import Sensitivities, estimated, estimator_for, fitted_for
+from .sensitivities import CHANGES, Sensitivities, estimated, estimator_for, fitted_for
 from .subjects import Subject, subject_of
 
 __all__ = ["ParetoFront", "pareto", "plan", "plan_for"]
@@ -118,6 +120,8 @@ def _front(
         raise PlanError(
             "the model has no Conv2d, so there is nothing to plan; fxbasis.profile counts its work"
         )
+    if name in CHANGES:
+        subject.check_comparable()
     fitted, ruled_out = fitted_for(subject, forms, multiple, layers)
     return ParetoFront(cost, subject, fitted, estimated(subject, fitted, ruled_out, name, **how))
 
@@ -167,7 +171,13 @@ class ParetoFront:
         return [float(change) for change in self.found.changes]
 
     def plan(self, index: int) -> Plan:
-        """The plan of one point."""
+        """The plan of one point.
+
+        Raises:
+            PlanError: for a point that there is not.
+        """
+        if not is_whole(index) or not -len(self) <= index < len(self):
+            raise PlanError(f"point {index!r} is not on the front; pass a number from 0 to {len(self) - 1}")
         return made_plan(self.subject, self.table, self.found[index], self.totals, {})
 
     def within(self, asked: Mapping[str, float], combine: str = "sum", threads: int = 1) -> Plan:
@@ -175,8 +185,11 @@ class ParetoFront:
 
         Raises:
             PlanError: for a budget that cannot be met, with the least that can.
+            SelectionError: for what is no budget.
         """
+        asked = {name: asked_for(**{name: limit})[name] for name, limit in asked.items()}
         if "latency" in asked:
+            check_threads(threads)
             return planned_by_time(self.subject, self.fitted, self.table, asked, combine, threads)
         choose = partial(self._planned, asked=asked, combine=combine)
         return in_rounds(self.subject, self.fitted, self.table, combine, choose)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .running import ATOMS
+from .nests import ATOMS
 
 __all__ = ["rebind_"]
 

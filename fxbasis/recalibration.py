@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .calibration_data import checked, inputs_of
+from .calibration_data import batches_of, checked
+from .errors import InputError
 from .running import call, in_mode, seeded
 
 __all__ = ["recalibrate_batchnorm_"]
@@ -49,12 +50,24 @@ def recalibrate_batchnorm_(model: nn.Module, calibration: Iterable[Any]) -> int:
     >>> norm.running_mean, norm.running_var, norm.momentum
     (tensor([4.]), tensor([2.]), 0.1)
     """
-    batches, norms = checked(calibration), _tracking(model)
+    checked(calibration)
+    norms = _tracking(model)
     with torch.no_grad(), seeded(), in_mode(model, training=False), _averaging(norms):
-        for batch in batches if norms else ():
-            call(model, inputs_of(batch))
+        for inputs in batches_of(calibration) if norms else ():
+            call(model, inputs)
+        _check_finite(model, norms)
         reached = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
     return len(reached)
+
+
+def _check_finite(model: nn.Module, norms: list[_BatchNorm]) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
+    for norm in norms:
+        if not all(bool(norm.get_buffer(name).isfinite().all()) for name in ("running_mean", "running_var")):
+            raise InputError(
+                f"{names[id(norm)] or 'the model'}: its new statistics are NaN or infinite; take such inputs "
+                "out of the calibration data, or repair the model"
+            )
 
 
 def _tracking(model: nn.Module) -> list[_BatchNorm]:

@@ -152,8 +152,7 @@ class Plan:
                 "make the plan again"
             )
         layers = tuple(_layer(entry, position, source) for position, entry in enumerate(data["layers"]))
-        forecast = data.get("forecast", {})
-        return cls(layers, forecast if isinstance(forecast, dict) else {})
+        return cls(layers, _forecast(data.get("forecast", {}), source))
 
     @classmethod
     def from_json(cls, path: str | Path) -> Plan:
@@ -163,6 +162,17 @@ class Plan:
             PlanError: when the file is missing, truncated or damaged.
         """
         return cls.from_dict(read_json(Path(path)), str(path))
+
+
+def _forecast(found: Any, source: str) -> Mapping[str, Any]:
+    """What was expected, if it can be told beside what is measured."""
+    try:
+        promised(found, {"macs": 1.0, "params": 1.0, "latency": 1.0})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"{source}: its forecast is damaged ({type(error).__name__}: {error}); make the plan again"
+        ) from error
+    return dict(found)
 
 
 def read_json(path: Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -16,12 +16,11 @@ import numpy as np
 import torch
 import torch.fx
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .errors import FxBasisError, InputError, LayerError
+from .nests import cloned, map_tensors, tensors_in, tensors_of
 
 COMPILED = "_orig_mod"
-ATOMS = frozenset({type(None), bool, int, float, str})
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -44,23 +43,6 @@ def as_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
         f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, a tuple of positional "
         "arguments, or a dict of keyword arguments (one list argument is written as a tuple: ([...],))"
     )
-
-
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """Every tensor in a nest of tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if type(value) in ATOMS:
-        return []
-    if type(value) in (list, tuple, dict, OrderedDict):  # by pytree 10 us each, and runs have thousands
-        parts = value.values() if isinstance(value, dict) else value
-        return [tensor for part in parts for tensor in tensors_of(part)]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """The same nest with ``function`` applied to every tensor in it."""
-    return pytree.tree_map_only(torch.Tensor, function, value)
 
 
 def describe(example_inputs: Any) -> str:
@@ -128,7 +110,7 @@ def train_once(model: nn.Module, example_inputs: ExampleInputs) -> None:
         InputError: when either pass fails, or when no output depends on a parameter that is trained.
     """
     with torch.enable_grad(), seeded(), in_mode(model, True):
-        found = tensors_of(call(model, example_inputs))
+        found = tensors_in(call(model, example_inputs))
         outputs = [tensor for tensor in found if tensor.requires_grad]
         if not outputs:
             raise InputError(
@@ -164,7 +146,7 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     Raises:
         InputError: when the model fails on the inputs; the model's own message is kept.
     """
-    args, kwargs = as_arguments(map_tensors(torch.clone, example_inputs))
+    args, kwargs = as_arguments(cloned(example_inputs))
     try:
         with uncompiled():
             return model(*args, **kwargs)
@@ -216,7 +198,7 @@ def load_values(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     Some classes (torchvision's MNASNet) convert or refuse a state_dict without a version.
     """
     own = model.state_dict()
-    if not hasattr(state, "_metadata") and own.keys() <= state.keys():
+    if not hasattr(state, "_metadata") and hasattr(own, "_metadata") and own.keys() <= state.keys():
         state = OrderedDict(state)
         state._metadata = own._metadata  # type: ignore[attr-defined]
     model.load_state_dict(state, strict=False)

@@ -108,6 +108,11 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{key} is a {type(value).__name__}, which safetensors cannot hold; "
                 "keep it in a buffer, or use torch.save"
             )
+        if value.layout is not torch.strided:
+            raise UsageError(
+                f"{key} has the layout {value.layout}, which safetensors cannot hold; make it dense, or use "
+                "torch.save"
+            )
     first: dict[int, str] = {}
     names = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
     return {key: state[key] for key in first.values()}, names

@@ -32,6 +32,7 @@ from .estimating import Estimate, Fitted, by_fisher, by_running, by_statistics
 from .files import write_whole
 from .passes.rewriting import check_weight
 from .passes.selection import Layers, matches
+from .passes.settings import check_multiple
 from .proposals import PROPOSED, excluded, proposals_of
 from .recipe import LayerPlan
 from .running import ExampleInputs, batch_size
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 ESTIMATORS = ("fisher", "kfac", "output", "weight", "measured", "evaluate")
+CHANGES = ("fisher", "measured")
+"""The estimators of the change of the model's outputs, which not all outputs have."""
 _UNITS = {
     "output": "of the output's squares",
     "weight": "of the weight's squares",
@@ -221,6 +224,8 @@ def sensitivities(
     """
     name = estimator_for(estimator, calibration, evaluate)
     subject = subject_of(model, example_inputs, calibration, statistics)
+    if name in CHANGES:
+        subject.check_comparable()
     fitted, ruled_out = fitted_for(subject, forms, multiple, layers)
     how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     return estimated(subject, fitted, ruled_out, name, **how)
@@ -239,14 +244,16 @@ def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str
     return estimator
 
 
-def _check_forms(forms: Sequence[str]) -> None:
-    """Refuse, by a SelectionError, forms that no plan can use."""
-    if isinstance(forms, str) or not forms:
+def _checked_forms(forms: Iterable[str]) -> tuple[str, ...]:
+    """The forms; refuses, by a SelectionError, those that no plan can use."""
+    found = tuple(forms) if isinstance(forms, Iterable) and not isinstance(forms, str) else ()
+    if not found:
         raise SelectionError(f"forms={forms!r} is no list of forms; pass for example forms=['cp', 'gauge']")
-    for form in forms:
-        if form not in FORMS or form == "weight":
+    for form in found:
+        if not isinstance(form, str) or form not in FORMS or form == "weight":
             known = ", ".join(name for name in FORMS if name != "weight")
             raise SelectionError(f"the form {form!r} cannot be planned; choose of {known}")
+    return found
 
 
 def fitted_for(
@@ -258,8 +265,8 @@ def fitted_for(
         SelectionError: for layers that do not exist, or with settings.
         LayerError: for a weight that is not finite.
     """
-    tried = PROPOSED if forms is None else forms
-    _check_forms(tried)
+    tried = PROPOSED if forms is None else _checked_forms(forms)
+    check_multiple(multiple)
     if isinstance(layers, Mapping):
         raise SelectionError("layers= has settings, which are what is looked for here; pass a list of layers")
     numbers = matches(layers, subject.table)

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .calibration_data import checked, inputs_of
+from .calibration_data import batches_of
 from .copying import copy_model
 from .divergence import divergence
 from .errors import InputError
 from .files import check_target
 from .forms import BasisConv2d
 from .kernels import kernel_of
+from .nests import tensors_of
 from .passes.numbering import conv_layers, number_convs
 from .passes.records import ConvRecord, ConvTable
 from .passes.rewriting import rewrite
@@ -27,7 +28,7 @@ from .passes.tracing import trace
 from .proposals import excluded
 from .recipe import UNFIT, LayerPlan, Plan
 from .refitting import batchnorms_behind
-from .running import ExampleInputs, batch_size, run, tensors_of
+from .running import ExampleInputs, batch_size, run
 from .statistics import LayerStatistics, collect
 from .statistics_file import read_statistics, write_statistics
 
@@ -78,6 +79,16 @@ class Subject:
         except InputError:
             return False
         return True
+
+    def check_comparable(self) -> None:
+        """Refuse, before any work, outputs of the model that have no change.
+
+        Raises:
+            InputError: saying what they are, and what can be done without it.
+        """
+        if not self.comparable:
+            output = run(self.model, self.batches[0])
+            divergence(output, output)
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
@@ -169,6 +180,8 @@ def subject_of(
     """
     if example_inputs is None:
         raise InputError("example_inputs is None; pass one batch that the model takes")
+    if statistics is not None and not isinstance(statistics, (str, Path)):
+        raise InputError(f"statistics={statistics!r} is no path; pass the name of a file")
     if statistics is not None and calibration is None:
         raise InputError("statistics= keeps the sums of calibration data; pass calibration= too")
     kept = None if statistics is None else check_target(Path(statistics))
@@ -176,7 +189,7 @@ def subject_of(
     for name, reason in (unfit or {}).items():
         vars(traced.get_submodule(name))[UNFIT] = reason
     table = number_convs(traced, example_inputs)
-    batches = () if calibration is None else tuple(inputs_of(batch) for batch in checked(calibration))
+    batches = () if calibration is None else tuple(batches_of(calibration))
     return Subject(traced, example_inputs, table, batches, kept)
 
 

@@ -72,6 +72,8 @@ def sweep(
     for key in points:
         if not isinstance(key, str):
             raise InputError(f"the point {key!r} is named by a {type(key).__name__}; name it by a string")
+    if minutes is not None and not (isinstance(minutes, (int, float)) and minutes >= 0):  # nan is not either
+        raise InputError(f"minutes={minutes!r} is no time; pass a number from 0")
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     failed: dict[str, Exception] = {}
     with _kept(path, context) as results:

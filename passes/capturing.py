@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import zip_longest
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,8 @@ from torch import fx, nn
 
 from ..contexts import contexts
 from ..copying import copy_model
-from ..running import ATOMS, seeded
+from ..nests import ATOMS
+from ..running import seeded
 from .graphs import ObstacleError
 from .guarding import ContextError, GuardedTracer, blamed_on
 
@@ -79,6 +82,11 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     Raises:
         ObstacleError: when the module's own forward cannot be a graph.
     """
+    enums = [name for name, value in defaults.items() if isinstance(value, Enum)]
+    if enums:
+        raise ObstacleError(
+            f"its argument {enums[0]} is left at a member of an Enum, which a graph keeps", ""
+        )
     leaves = _switching(model)
     if "" in leaves:
         raise ObstacleError("its train() or eval() sets attributes, which a graph would not read", "")
@@ -92,12 +100,12 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
                 _check_same(found, other)
                 _check_constants(found, other)
                 in_eval = True
-            return found
+            return _with_fresh_constants(found)
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
                 leaves.update(_alike(model, obstacle.place))
             elif in_eval and not isinstance(obstacle, ContextError):
-                return replace(found, eval_only=str(obstacle))
+                return _with_fresh_constants(replace(found, eval_only=str(obstacle)))
             else:
                 raise
 
@@ -152,7 +160,10 @@ class _Subject:
         for name, after in _pictures(self.own).items():
             changed = _changed(self.before[name], after)
             if changed:
-                raise ObstacleError(f"it sets its attribute {min(changed)}, which a graph would not", name)
+                what = f"its attribute {min(changed)}"
+                if what.endswith("()"):
+                    what = f"a variable outside of it that {min(changed)} uses"
+                raise ObstacleError(f"it sets {what}, which a graph would not", name)
         for node in graph.find_nodes(op="placeholder"):
             name = str(node.target).rpartition("_")[0]
             node.target = name if name in defaults else node.target
@@ -178,7 +189,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
     return {
-        f"{owner.__name__}.{key}": _inside(value)
+        f"{owner.__name__}.{key}{'()' * isinstance(value, FunctionType)}": _inside(value, 6)
         for owner in kind.__mro__
         if not owner.__module__.startswith("torch.")
         for key, value in vars(owner).items()
@@ -219,14 +230,25 @@ def _inside(value: Any, depth: int = 4) -> Any:
 def _around(function: FunctionType) -> dict[str, Any]:
     """The variables that a function has from outside: of its closure, and globals that can change."""
     found = function.__globals__
-    named = {
-        name: found[name] for name in function.__code__.co_names if isinstance(found.get(name), _COUNTED)
-    }
+    named = {name: found[name] for name in function.__code__.co_names if _may_change(found.get(name))}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     for name, cell in cells:
         with suppress(ValueError):  # not filled yet
             named[name] = cell.cell_contents
     return named
+
+
+def _may_change(value: Any) -> bool:
+    """Whether a global may be other after a call: a counter, a generator, an object, what a function uses."""
+    if isinstance(value, (*_COUNTED, random.Random, np.random.Generator, torch.Generator)):
+        return True
+    if isinstance(value, (type, ModuleType, nn.Module, torch.Tensor)):
+        return False
+    home = (value.__module__ if isinstance(value, FunctionType) else type(value).__module__) or ""
+    foreign = home.partition(".")[0] in {*sys.stdlib_module_names, "torch", "numpy"}
+    return not foreign and (
+        isinstance(value, FunctionType) or (hasattr(value, "__dict__") and not callable(value))
+    )
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
@@ -243,6 +265,18 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     return one is other or (isinstance(one, (int, float, str)) and one == other)
+
+
+def _with_fresh_constants(found: Capture) -> Capture:
+    """A tensor that forward makes is a new one at each call: what is given away may be changed."""
+    graph = found.graph
+    for node in graph.find_nodes(op="get_attr"):
+        if isinstance(found.constants.get(str(node.target)), torch.Tensor):
+            with graph.inserting_after(node):
+                fresh = graph.call_function(torch.clone, (node,))
+            fresh.meta = dict(node.meta)
+            node.replace_all_uses_with(fresh, lambda user, made=fresh: user is not made)
+    return found
 
 
 def _check_mutations(graph: fx.Graph) -> None:

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..compositions import ReducedComposition
-from ..running import ExampleInputs, run, tensors_of, train_once
+from ..nests import tensors_of
+from ..running import ExampleInputs, run, train_once
 from .base import MACS
 
 __all__ = ["MacCounter", "count_macs"]
@@ -146,6 +147,10 @@ class _Interpreter(fx.Interpreter):
         """Read once, as the graph's code does: to read the weight of a form is work."""
         return operator.attrgetter(target)(self.module)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Lists and dicts that can be changed, as the graph's code makes them."""
+        return _plain(super().fetch_args_kwargs_from_env(n))
+
     def run_node(self, n: fx.Node) -> Any:
         stack = [str(path) for path, _ in n.meta.get("nn_module_stack", {}).values()]
         before = self.counter.macs.total()
@@ -153,3 +158,11 @@ class _Interpreter(fx.Interpreter):
             output = super().run_node(n)
         n.meta[MACS] = self.counter.macs.total() - before
         return output
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, fx.immutable_collections.immutable_list):
+        return [_plain(part) for part in value]
+    if isinstance(value, fx.immutable_collections.immutable_dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return tuple(map(_plain, value)) if type(value) is tuple else value

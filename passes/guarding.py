@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..carrying import has_hooks
 from ..contexts import open_contexts
-from ..running import tensors_of
+from ..nests import tensors_of
 from .graphs import ObstacleError
 
 __all__ = ["ContextError", "GuardedTracer", "blamed_on", "definition_of"]
@@ -47,6 +47,14 @@ class _Guarded(fx.Proxy):
                 f"it sets {name} of a value that is known only at run time"
             )
         super().__setattr__(name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What ``isinstance`` asks for where the type does not answer; of an argument another may come."""
+        node = vars(self).get("node")  # an attribute has none until it is needed
+        if node is not None and node.op == "placeholder" and _asked_by_model():
+            self._refuse("the class")
+        return type(self)
 
     def _refuse(self, what: str) -> Any:
         cast(GuardedTracer, self.tracer).refuse(f"it needs {what} of a value that is known only at run time")
@@ -251,6 +259,15 @@ def _caller() -> str:
             break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _asked_by_model() -> bool:
+    """Whether the code that asks is neither of torch nor of this package."""
+    frame = sys._getframe(2)
+    if frame.f_code.co_name == "is_tensor" and frame.f_back is not None:
+        frame = frame.f_back
+    file = frame.f_code.co_filename
+    return "/torch/" not in file and not file.startswith(("<", _PASSES))
 
 
 def definition_of(module: nn.Module) -> str:

@@ -20,7 +20,8 @@ from torch import fx, nn
 from ..comparing import check_equal
 from ..errors import FxBasisError
 from ..forms import BasisConv2d
-from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled, map_tensors
+from ..nests import cloned
+from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled
 from ..snapshots import Snapshot, buffer_values
 from .calls import given_arguments, left_defaults, wrapped
 from .capturing import capture
@@ -117,6 +118,8 @@ class _Search:
         self.parts.pop(name, None)
         if reason != _NOT_CALLED:
             self.parts[name] = Part(name, False, reason)
+        if type(module).__getattr__ is not nn.Module.__getattr__ and not is_compiled(module):
+            return []  # it may answer for a part of it, also for what only a graph has
         return self._new(_children(name, module))
 
     def _new(self, names: Iterable[str]) -> list[tuple[str, nn.Module]]:
@@ -208,7 +211,7 @@ def _compared(
     original: Callable[..., Any], module: nn.Module, traced: TracedModule, args: Any, kwargs: Any
 ) -> tuple[Any, str]:
     """The original's output, and why its graph does something else; the graph leaves no trace."""
-    given, named = map_tensors(torch.clone, (args, kwargs))
+    given, named = cloned((args, kwargs))
     before = Snapshot(module.modules())
     output = original(*args, **kwargs)
     after, expected = Snapshot(module.modules(), since=before), buffer_values(module)

@@ -89,7 +89,12 @@ def select(
 def matches(selector: Any, table: ConvTable) -> dict[int, int]:
     """The numbers that a selector names, each with the strength of its naming."""
     if callable(selector):
-        found = dict.fromkeys((r.index for r in table if selector(r)), _PATTERN)
+        try:
+            found = dict.fromkeys((r.index for r in table if selector(r)), _PATTERN)
+        except Exception as error:
+            raise SelectionError(
+                f"layers=: the function raised {type(error).__name__}: {error}; it takes a ConvRecord"
+            ) from error
         return _some(found, selector, "the function is true for no convolution")
     if is_whole(selector):
         return {_number(int(selector), table): _EXACT}

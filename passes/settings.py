@@ -96,6 +96,12 @@ def _check_rule(name: str, value: Any) -> None:
         raise SelectionError(f"evbmf={value!r} is not True; leave it out, or pass evbmf=True")
 
 
+def check_multiple(multiple: Any) -> None:
+    """Refuse, by a SelectionError, what ranks cannot be multiples of."""
+    if not is_whole(multiple) or multiple < 1:
+        raise SelectionError(f"multiple={multiple!r} is no whole number from 1; pass for example multiple=16")
+
+
 def _checked(merged: dict[str, Any]) -> Settings:
     form, method, multiple = merged["form"], merged["method"], merged["multiple"]
     if form not in FORMS:
@@ -105,8 +111,7 @@ def _checked(merged: dict[str, Any]) -> Settings:
         raise SelectionError(
             f"method={method!r} is not known for the {form} form; choose one of {', '.join(known)}"
         )
-    if not is_whole(multiple) or multiple < 1:
-        raise SelectionError(f"multiple={multiple!r} is no whole number from 1; pass for example multiple=16")
+    check_multiple(multiple)
     beta = BETA if merged.get("beta") is None else float(merged["beta"])
     return Settings(**{**merged, "method": method or known[0], "beta": beta})
 

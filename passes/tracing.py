@@ -57,7 +57,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     """
     refuse_lazy(model)
     copied = copy_model(model)
-    if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)) or hasattr(copied, PARTS):
+    if isinstance(copied, (fx.GraphModule, nn.Conv2d, BasisConv2d)) or PARTS in vars(copied):
         return copied
     with _uncalled(model):
         parts = find_parts(copied, example_inputs)
@@ -65,8 +65,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.M
     if changed:  # which graphs would not do, or at each call with what they were traced with
         copied = copy_model(model)
         parts = (Part("", False, f"its forward changes its parameter {changed[0]} ({definition_of(model)})"),)
-    setattr(copied, PARTS, parts)
-    setattr(copied, KEEPS_PARAMETERS, example_inputs is not None and not changed)
+    vars(copied)[PARTS] = parts  # past a __setattr__ of the class
+    vars(copied)[KEEPS_PARAMETERS] = example_inputs is not None and not changed
     message = _message(type(model).__name__, parts)
     if message:
         warnings.warn(message, FxBasisWarning, stacklevel=2)
@@ -82,13 +82,15 @@ def parts_of(traced: nn.Module) -> tuple[Part, ...]:
     >>> parts_of(trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8)))
     (Part(name='', graph=True, reason='', given=('input',)),)
     """
-    found: tuple[Part, ...] = getattr(traced, PARTS, ())
+    found: tuple[Part, ...] = vars(traced).get(PARTS, ())
     return found or (Part("", isinstance(traced, fx.GraphModule)),)
 
 
 def python_in_train(traced: nn.Module) -> bool:
-    """Whether any part of a traced model runs the model's Python in train()."""
-    return any(not part.graph or bool(part.reason) for part in getattr(traced, PARTS, ()))
+    """Whether any part of a model runs its Python in train(): of one that was not traced, all of it does."""
+    if PARTS not in vars(traced):
+        return not isinstance(traced, (fx.GraphModule, nn.Conv2d, BasisConv2d))
+    return any(not part.graph or bool(part.reason) for part in vars(traced)[PARTS])
 
 
 def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
@@ -105,7 +107,7 @@ def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
         raise TraceError(
             f"{type(model).__name__} cannot be traced as it was: {error}; use the model that was compressed"
         ) from error
-    setattr(copied, PARTS, tuple(Part(name, True, given=tuple(given)) for name, given in graphs.items()))
+    vars(copied)[PARTS] = tuple(Part(name, True, given=tuple(given)) for name, given in graphs.items())
     return copied
 
 

@@ -19,15 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FxBasisError, InputError
-from ..running import (
-    ExampleInputs,
-    as_arguments,
-    batch_size,
-    map_tensors,
-    run,
-    tensors_of,
-    with_batch,
-)
+from ..nests import map_tensors, tensors_of
+from ..running import ExampleInputs, as_arguments, batch_size, run, with_batch
 from ..snapshots import Snapshot, buffer_values
 
 __all__ = ["run_trials"]
@@ -58,9 +51,13 @@ def run_trials(
 
 
 def _other_arguments(example_inputs: ExampleInputs) -> Iterator[tuple[str, ExampleInputs]]:
-    """The example with one argument None, or False for True, or another member of its Enum."""
+    """The example with one argument, or entry of one, None; or False for True, another member of its Enum."""
     args, kwargs = as_arguments(example_inputs)
     given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+    for index, (key, value) in enumerate(given.items()):
+        for what, other in _other_entries(value, kept=0 if index else 1):
+            changed = given | {key: other}
+            yield f"argument {key} {what} in eval()", changed if kwargs else tuple(changed.values())
     for key, value in list(given.items())[1:]:
         members = list(type(value)) if isinstance(value, Enum) else []
         others = [not value] if isinstance(value, bool) else [part for part in members if part is not value]
@@ -68,6 +65,16 @@ def _other_arguments(example_inputs: ExampleInputs) -> Iterator[tuple[str, Examp
             changed = given | {key: other}
             inputs: Any = changed if kwargs else tuple(changed.values())
             yield f"argument {key} as {other} in eval()", inputs
+
+
+def _other_entries(value: Any, kept: int) -> Iterator[tuple[str, Any]]:
+    """A dict without one of its entries, or a list or tuple with one of them None; the first may be kept."""
+    if type(value) is dict:
+        for key in list(value)[kept:]:
+            yield f"without {key}", {name: part for name, part in value.items() if name != key}
+    if type(value) in (list, tuple):
+        for index in range(kept, len(value)):
+            yield f"with None for {index}", type(value)([*value[:index], None, *value[index + 1 :]])
 
 
 def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInputs]) -> dict[str, Any]:

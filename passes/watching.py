@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from ..copying import memory_of
 from ..forms import BasisConv2d
 from ..kernels import weight_hooks
-from ..running import ExampleInputs, run, tensors_of
+from ..nests import tensors_in, tensors_of
+from ..running import ExampleInputs, run
 
 __all__ = ["Call", "FunctionalConv", "Seen", "readers_in", "watched_run"]
 
@@ -87,7 +88,7 @@ def watched_run(
     watch.attach(model)
     with watch:
         output = run(model, example_inputs, training=training)
-    for tensor in tensors_of(output):
+    for tensor in tensors_in(output):
         watch.note_reader(tensor, "the model's output")
     first_calls = sorted(calls, key=lambda name: calls[name][0][0])
     order = {name: first_calls.index(name) + 1 for name in calls}

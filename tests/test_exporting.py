@@ -25,7 +25,7 @@ from fxbasis import trace
 from fxbasis.errors import ExportError, FxBasisWarning, InputError
 from fxbasis.export import exporters
 from fxbasis.export.exporting import ONNX_TOLERANCE, export_onnx, frozen_copy
-from fxbasis.running import tensors_of
+from fxbasis.nests import tensors_of
 
 
 class ConvNet(nn.Sequential):

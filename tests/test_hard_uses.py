@@ -332,3 +332,10 @@ def test_what_forward_leaves_outside_of_the_model_is_left_there(kind: Any, input
         SEEN.clear()
         found(X)
         assert [value.shape for value in SEEN] == [(2, 8, 8, 8)]
+
+
+def test_the_table_of_a_model_says_what_that_of_its_trace_says() -> None:
+    model = RegularisesInTrain()
+    found = [(record.status, record.reason) for record in number_convs(model, X)]
+    assert found == [(record.status, record.reason) for record in number_convs(trace(model, X), X)]
+    assert found[0][0] == "unsupported"

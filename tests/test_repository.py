@@ -27,6 +27,7 @@ LAYERS = {
         "costs",
         "paper",
         "contexts",
+        "nests",
         "running",
         "rebinding",
         "copying",

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 
 from fxbasis.copying import copy_model
 from fxbasis.errors import InputError, LayerError, TraceError
+from fxbasis.nests import map_tensors, tensors_of
 from fxbasis.running import (
     as_arguments,
     batch_size,
@@ -22,10 +23,8 @@ from fxbasis.running import (
     describe,
     in_mode,
     load_values,
-    map_tensors,
     run,
     seeded,
-    tensors_of,
     with_batch,
 )
 from fxbasis.snapshots import Snapshot, buffer_values

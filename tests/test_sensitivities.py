@@ -297,7 +297,7 @@ def test_outputs_that_cannot_be_compared_leave_two_ways() -> None:
             return "text"
 
     net = Text().eval()
-    with pytest.raises(InputError, match=r'pass evaluate=.*or estimator="output"'):
+    with pytest.raises(InputError, match=r'pass evaluate=.*, estimator="output"'):
         sensitivities(net, net.example, **FAST)
     assert len(sensitivities(net, net.example, estimator="output", **FAST))
 

@@ -21,8 +21,9 @@ import fxbasis
 from fxbasis.comparing import TOLERANCES, difference
 from fxbasis.errors import FxBasisError, InputError
 from fxbasis.models import load_model
+from fxbasis.nests import map_tensors
 from fxbasis.passes.numbering import conv_layers
-from fxbasis.running import map_tensors, run
+from fxbasis.running import run
 
 HEADS = ("backbone", "head", "rpn.head")
 

@@ -12,7 +12,8 @@ from torch import nn
 from fxbasis.copying import copy_model
 from fxbasis.errors import FxBasisError
 from fxbasis.models import load_model
-from fxbasis.running import run, tensors_of
+from fxbasis.nests import tensors_of
+from fxbasis.running import run
 
 SIDES = (64, 96, 128, 160)
 SMALL = ("test", "atto", "femto", "pico", "nano", "xxs", "xs", "tiny", "mini", "small", "_s", "b0", "_t")
