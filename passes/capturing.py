@@ -39,7 +39,7 @@ from ..contexts import contexts
 from ..copying import copy_model
 from ..nests import ATOMS
 from ..running import seeded
-from .graphs import ObstacleError
+from .graphs import CONSTANT, ObstacleError, renew_constants
 from .guarding import ContextError, GuardedTracer, blamed_on
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
@@ -100,14 +100,18 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
                 _check_same(found, other)
                 _check_constants(found, other)
                 in_eval = True
-            return _with_fresh_constants(found)
+            break
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
                 leaves.update(_alike(model, obstacle.place))
             elif in_eval and not isinstance(obstacle, ContextError):
-                return _with_fresh_constants(replace(found, eval_only=str(obstacle)))
+                found = replace(found, eval_only=str(obstacle))
+                break
             else:
                 raise
+    constants = found.constants.items()
+    renew_constants(found.graph, {name for name, value in constants if isinstance(value, torch.Tensor)})
+    return found
 
 
 def _alike(model: nn.Module, place: str) -> list[str]:
@@ -267,22 +271,10 @@ def _same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, (int, float, str)) and one == other)
 
 
-def _with_fresh_constants(found: Capture) -> Capture:
-    """A tensor that forward makes is a new one at each call: what is given away may be changed."""
-    graph = found.graph
-    for node in graph.find_nodes(op="get_attr"):
-        if isinstance(found.constants.get(str(node.target)), torch.Tensor):
-            with graph.inserting_after(node):
-                fresh = graph.call_function(torch.clone, (node,))
-            fresh.meta = dict(node.meta)
-            node.replace_all_uses_with(fresh, lambda user, made=fresh: user is not made)
-    return found
-
-
 def _check_mutations(graph: fx.Graph) -> None:
     """Refuse a constant that is changed in place: it would be changed again at each call."""
     for node in graph.find_nodes(op="get_attr"):
-        if str(node.target).startswith("_tensor_constant"):
+        if str(node.target).startswith(CONSTANT):
             for user in node.users:
                 if node is user.kwargs.get("out") or (node in user.args[:1] and _in_place(user)):
                     raise ObstacleError("it changes a tensor made from constants in place", _owner(node))

@@ -10,10 +10,11 @@ take different ways, the graph is that of eval(), and in train() the forward of 
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from abc import ABCMeta
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,8 +22,10 @@ from torch import fx, nn
 
 from ..errors import TraceError, UsageError
 
-__all__ = ["ObstacleError", "TracedModule", "as_graph"]
+__all__ = ["CONSTANT", "ObstacleError", "TracedModule", "as_graph", "renew_constants"]
 
+CONSTANT = "_tensor_constant"
+"""How fx begins the names of tensors that forward makes."""
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 _OWN = ("__call__", "__deepcopy__", "__delattr__", "__getattr__", "__getattribute__", "__setattr__")
 _GROWING = ("append", "extend", "insert", "pop", "__delitem__", "__iadd__", "__imul__")
@@ -71,7 +74,11 @@ class TracedModule(fx.GraphModule, _Blank):
                 f"{type(self).__name__} cannot be pickled: its graph is that of eval() ({self._eval_only}); "
                 "use fxbasis.save, or its state_dict"
             )
-        return super().__reduce__()
+        rebuild, arguments = super().__reduce__()
+        kind = type(self).__mro__[type(self).__mro__.index(_Blank) + 1]
+        if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+            return rebuild, arguments  # a class that cannot be found again: a plain GraphModule
+        return _restored, (kind, rebuild, arguments)
 
     def _deepcopy_init(self) -> Any:
         name = type(self).__name__
@@ -80,6 +87,28 @@ class TracedModule(fx.GraphModule, _Blank):
             TracedModule.__init__(copied, root, graph, name)
 
         return init
+
+
+def _restored(kind: type[nn.Module], rebuild: Any, arguments: tuple[Any, ...]) -> TracedModule:
+    """From a pickle: the graph as fx makes it, on everything that the module held, in the model's class."""
+    plain, root = rebuild(*arguments), nn.Module()
+    graph = plain.graph
+    vars(root).update({key: part for key, part in arguments[0].items() if not key.startswith(CONSTANT)})
+    names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    made = {name: getattr(plain, name) for name in names if name.startswith(CONSTANT)}
+    vars(root).update(made)  # fx has traced the graph's code, and made their copies anew
+    renew_constants(graph, made)
+    return _traced_class(kind, "")(root, graph, kind.__name__)
+
+
+def renew_constants(graph: fx.Graph, names: Collection[str]) -> None:
+    """Copy the tensors of these names at each call: forward makes them anew, and may give them away."""
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in names:
+            with graph.inserting_after(node):
+                fresh = graph.call_function(torch.clone, (node,))
+            fresh.meta = dict(node.meta)
+            node.replace_all_uses_with(fresh, lambda user, made=fresh: user is not made)
 
 
 def _by_mode(evaluated: Any, trained: Any) -> Any:
@@ -97,23 +126,21 @@ def as_graph(
 ) -> TracedModule:
     """A graph on the submodules and tensors of ``module``, and on constants that its forward makes.
 
-    Constant tensors become buffers outside of the state_dict. ``eval_only`` is why the graph does not serve
-    in train(), where it does not.
+    Constants become plain attributes, which ``to`` leaves as they are, as forward would make them.
+    ``eval_only`` is why the graph does not serve in train(), where it does not.
 
     Raises:
         ObstacleError: when the class or the graph cannot be a GraphModule.
     """
     _check_class(module)
-    _lend(constants, module)
+    vars(module).update(constants)
     try:
         return _traced_class(type(module), eval_only)(module, graph, type(module).__name__)
     except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
         raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
     finally:
-        module._buffers = {key: value for key, value in module._buffers.items() if key not in constants}
-        module._non_persistent_buffers_set = module._non_persistent_buffers_set - set(constants)
         for key in constants:
-            module.__dict__.pop(key, None)
+            vars(module).pop(key, None)
 
 
 def _traced_class(model_class: type[nn.Module], eval_only: str) -> type[TracedModule]:
@@ -158,11 +185,3 @@ def _check_class(module: nn.Module) -> None:
     taken = {name for name in reserved & held.union(*map(vars, classes)) if not name.startswith("__")}
     if taken:
         raise ObstacleError(f"its attribute {min(taken)} has another meaning in a graph")
-
-
-def _lend(constants: Mapping[str, Any], module: nn.Module) -> None:
-    for name, value in constants.items():
-        if isinstance(value, torch.Tensor):
-            module.register_buffer(name, value, persistent=False)
-        else:
-            setattr(module, name, value)

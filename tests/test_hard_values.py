@@ -1,6 +1,7 @@
 """Values that a graph would keep, share or mistake: constants, classes, entries, globals, wrappers."""
 
 import copy
+import pickle
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -31,6 +32,46 @@ def test_a_constant_that_is_given_away_is_a_new_one_at_each_call() -> None:
             assert (float(loss), ones.tolist()) == (0.0, [[1.0, 1.0, 1.0]])
             loss += 1
             ones.mul_(2)
+
+
+class ScalesByAConstant(Base):
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x) * torch.linspace(0, 1, 6).view(1, -1, 1, 1)
+
+
+def test_a_constant_keeps_its_dtype_when_the_model_changes_its_own() -> None:
+    small = compress(ScalesByAConstant().eval(), X, layers="re:.*", size=1.0)
+    assert parts_of(small)[0].graph
+    assert small.bfloat16()(X.bfloat16()).dtype is torch.float32
+    assert "_tensor" not in " ".join(small.state_dict())
+
+
+class KeepsATensor(Base):
+    level = 3
+
+    def prepare(self) -> None:
+        self.mean = torch.full((3, 1, 1), 0.5)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x - self.mean) * self.scale * torch.ones(1)
+
+    def doubled(self, x: Tensor) -> Any:
+        return self(x) * 2
+
+
+@pytest.mark.parametrize("rewrite", [trace, compress])
+def test_a_pickle_is_of_its_own_class_and_holds_the_same(rewrite: Any) -> None:
+    made = rewrite(KeepsATensor().eval(), X)
+    again = pickle.loads(pickle.dumps(made))
+    assert isinstance(again, KeepsATensor)
+    held, before = ({key for key in vars(module) if "constant" not in key} for module in (again, made))
+    assert held == before
+    assert list(again.state_dict()) == list(made.state_dict())
+    assert parts_of(again) == parts_of(made)
+    assert again.level == 3
+    for other in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(other.doubled(X), made(X) * 2)
 
 
 class Way(Enum):

@@ -406,7 +406,7 @@ def test_folding_undoes_rewriting_exactly(key: str) -> None:
     assert close(small(X), folded(X))
     assert targets(folded) == CALLS
     expected = {name: tuple(value.shape) for name, value in net().state_dict().items()}
-    if key not in ("itself", "deepcopy"):  # fx's own copies keep one name of a module that has two
+    if key not in ("itself", "deepcopy", "pickle"):  # fx's own copies keep one name of a module that has two
         expected = {name: shape for name, shape in expected.items() if not name.startswith("extra.")}
     assert {name: tuple(value.shape) for name, value in folded.state_dict().items()} == expected
     if key in ("itself", "deepcopy"):
