@@ -7,8 +7,9 @@ submodule becomes a *leaf*, which stays Python and decides at run time, when in 
 - fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up), also where that is caught,
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
-- an attribute of the module or of its class is set, which a graph does not do again,
-- its own train() or eval() sets one, which a graph would have read once for all,
+- an attribute of the module, of its class, or a variable of a function is set, which a graph does not,
+- the class of an argument is asked for, which another call may give otherwise,
+- its own train() or eval() sets an attribute, which a graph would have read once for all,
 - a tensor made from constants is changed in place, which a graph would do again at each call,
 - the ways differ.
 
@@ -20,31 +21,21 @@ happens there in train() alone, the graph is that of eval(), and in train() the 
 from __future__ import annotations
 
 import operator
-import random
-import sys
-from collections import OrderedDict, deque
-from collections.abc import Collection, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import zip_longest
-from types import FunctionType, ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx, nn
 
 from ..contexts import contexts
 from ..copying import copy_model
-from ..nests import ATOMS
 from ..running import seeded
 from .graphs import CONSTANT, ObstacleError, renew_constants
 from .guarding import ContextError, GuardedTracer, blamed_on
-
-_REGISTERED = ("_parameters", "_buffers", "_modules")
-_EMPTY = (OrderedDict, dict)
-_COUNTED = (int, float, str, list, dict, set, deque)
+from .states import changed, pictures
 
 __all__ = ["Capture", "capture"]
 
@@ -133,12 +124,12 @@ def _switching(model: nn.Module) -> set[str]:
     own = {name: m for name, m in copied.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     try:
         copied.train()  # somebody's own may return anything
-        before = _pictures(own)
+        before = pictures(own)
         copied.eval()
-        after = _pictures(own)
+        after = pictures(own)
     except Exception:  # one that refuses to be switched does not switch
         return set()
-    return {name for name in own if _changed(before[name], after[name]) - {"training"}}
+    return {name for name in own if changed(before[name], after[name]) - {"training"}}
 
 
 class _Subject:
@@ -148,7 +139,7 @@ class _Subject:
         self.root = copy_model(model, share_parameters=True)
         named = self.root.named_modules()
         self.own = {name: m for name, m in named if not isinstance(m, torch.jit.ScriptModule)}
-        self.before = _pictures(self.own)
+        self.before = pictures(self.own)
 
     def trace(self, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> Capture:
         """The graph of one way."""
@@ -161,12 +152,12 @@ class _Subject:
             if tracer.obstacle:
                 raise tracer.obstacle
         constants = self._take_constants(graph)
-        for name, after in _pictures(self.own).items():
-            changed = _changed(self.before[name], after)
-            if changed:
-                what = f"its attribute {min(changed)}"
+        for name, after in pictures(self.own).items():
+            others = changed(self.before[name], after)
+            if others:
+                what = f"its attribute {min(others)}"
                 if what.endswith("()"):
-                    what = f"a variable outside of it that {min(changed)} uses"
+                    what = f"a variable outside of it that {min(others)} uses"
                 raise ObstacleError(f"it sets {what}, which a graph would not", name)
         for node in graph.find_nodes(op="placeholder"):
             name = str(node.target).rpartition("_")[0]
@@ -178,97 +169,6 @@ class _Subject:
         names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
         made = {name for name in names - self.before[""].keys() if name in vars(self.root)}
         return {name: vars(self.root).pop(name) for name in made}
-
-
-def _pictures(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """What each module and its classes hold: tensors and modules themselves; of the rest what is in it."""
-    kinds = {kind: _of_classes(kind) for kind in {type(module) for module in modules.values()}}
-    return {name: _attributes(module) | kinds[type(module)] for name, module in modules.items()}
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    held = {key: _inside(value) for key, value in vars(module).items() if key not in _REGISTERED}
-    return held | {key: _inside(part) for name in _REGISTERED for key, part in vars(module)[name].items()}
-
-
-def _of_classes(kind: type[nn.Module]) -> dict[str, Any]:
-    return {
-        f"{owner.__name__}.{key}{'()' * isinstance(value, FunctionType)}": _inside(value, 6)
-        for owner in kind.__mro__
-        if not owner.__module__.startswith("torch.")
-        for key, value in vars(owner).items()
-        if isinstance(value, (int, float, str, list, dict, set, FunctionType)) and not key.startswith("__")
-    }
-
-
-def _inside(value: Any, depth: int = 4) -> Any:
-    """A picture of a value: containers and objects opened, random generators and tensors by their state."""
-    kind = type(value)
-    if kind in ATOMS or depth == 0:
-        return value
-    if kind in _EMPTY and not value:  # most are of hooks
-        return kind
-    if kind is tuple and {*map(type, value)} <= ATOMS:
-        return value
-    if isinstance(value, (int, float, str, type, nn.Module)):
-        return value
-    if isinstance(value, torch.Tensor):
-        return value, None if value.is_inference() else value._version
-    if isinstance(value, (dict, Mapping)):
-        return {key: _inside(part, depth - 1) for key, part in value.items()} if value else Mapping
-    if isinstance(value, torch.Generator):
-        return value.get_state().tolist()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, np.random.Generator):
-        return str(value.bit_generator.state)
-    if isinstance(value, FunctionType):
-        return [value, _inside(_around(value), depth - 1)]
-    if callable(value):
-        return value
-    if isinstance(value, (Sequence, Set, deque)):
-        return [_inside(part, depth - 1) for part in value]
-    return _inside(dict(vars(value)), depth - 1) if hasattr(value, "__dict__") else value
-
-
-def _around(function: FunctionType) -> dict[str, Any]:
-    """The variables that a function has from outside: of its closure, and globals that can change."""
-    found = function.__globals__
-    named = {name: found[name] for name in function.__code__.co_names if _may_change(found.get(name))}
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    for name, cell in cells:
-        with suppress(ValueError):  # not filled yet
-            named[name] = cell.cell_contents
-    return named
-
-
-def _may_change(value: Any) -> bool:
-    """Whether a global may be other after a call: a counter, a generator, an object, what a function uses."""
-    if isinstance(value, (*_COUNTED, random.Random, np.random.Generator, torch.Generator)):
-        return True
-    if isinstance(value, (type, ModuleType, nn.Module, torch.Tensor)):
-        return False
-    home = (value.__module__ if isinstance(value, FunctionType) else type(value).__module__) or ""
-    foreign = home.partition(".")[0] in {*sys.stdlib_module_names, "torch", "numpy"}
-    return not foreign and (
-        isinstance(value, FunctionType) or (hasattr(value, "__dict__") and not callable(value))
-    )
-
-
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    return {
-        key
-        for key, value in after.items()
-        if key not in before or not (before[key] is value or _same(before[key], value))
-    }
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one) == list(other) and _same(list(one.values()), list(other.values()))
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one is other or (isinstance(one, (int, float, str)) and one == other)
 
 
 def _check_mutations(graph: fx.Graph) -> None:

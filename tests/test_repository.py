@@ -58,6 +58,7 @@ LAYERS = {
     2: [
         "passes.graphs",
         "passes.guarding",
+        "passes.states",
         "passes.capturing",
         "passes.calls",
         "passes.trials",
