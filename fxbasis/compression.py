@@ -222,7 +222,8 @@ def _check_no_contradiction(
         if idle:
             raise SelectionError(f"{idle[0]}= is for plans; pass a budget too, such as macs=0.5")
         return
-    given = [name for name, value in rules.items() if value is not None and value != _SIZE]
+    left = {"size": _SIZE}
+    given = [name for name, value in rules.items() if value is not None and value != left.get(name)]
     if given:
         raise SelectionError(f"{given[0]}= and a budget both say the ranks; pass one of them")
     given = [name for name, value in form.items() if value != _FORM_DEFAULTS[name]]

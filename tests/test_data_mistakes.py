@@ -97,9 +97,10 @@ def test_forms_may_come_one_by_one() -> None:
     assert len(sensitivities(net(), X, forms=iter(["gauge"]))) == len(sensitivities(net(), X, **GAUGE)) > 0
 
 
-def test_a_rank_and_a_budget_contradict_each_other() -> None:
-    with pytest.raises(SelectionError, match="size= and a budget both say the ranks; pass one of them"):
-        compress(net(), X, macs=0.7, size=4)
+@pytest.mark.parametrize("rule", [{"size": 4}, {"size": 0.25}, {"macs_ratio": 0.5}, {"energy": 0.5}])
+def test_a_rank_and_a_budget_contradict_each_other(rule: dict[str, Any]) -> None:
+    with pytest.raises(SelectionError, match="= and a budget both say the ranks; pass one of them"):
+        compress(net(), X, macs=0.7, **rule)
 
 
 def test_an_example_without_samples_plans_nothing() -> None:
