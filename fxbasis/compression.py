@@ -15,7 +15,7 @@ from .calibrating import fit_to_data_
 from .choices import asked_for
 from .compositions import ReducedComposition
 from .copying import copy_model
-from .errors import FxBasisWarning, InputError, PlanError, SelectionError, VerificationError
+from .errors import FxBasisWarning, InputError, LayerError, PlanError, SelectionError, VerificationError
 from .forms import BasisConv2d, layer_plan
 from .kernels import kernel_of
 from .passes.folding import fold
@@ -172,10 +172,16 @@ def _proven(
 ) -> nn.Module:
     """The model under the plan that is decided on; layers that cannot be proven are left alone if spared."""
     unfit: dict[str, str] = {}
+    found: VerificationError | None = None
     while True:
         subject = subject_for(unfit)
         traced = copy_model(subject.model) if subject.batches else subject.model
-        plan = decide(subject, traced)
+        try:
+            plan = decide(subject, traced)
+        except LayerError as refused:
+            raise (found or refused) from None  # it was asked for by number or name
+        if found:
+            warnings.warn(f"left alone: {unfit[found.layer]}", FxBasisWarning, stacklevel=3)
         try:
             return _rewritten(model, traced, plan, subject)
         except VerificationError as error:
@@ -183,7 +189,6 @@ def _proven(
             if not (spare and found.layer):
                 raise found from error
             unfit[found.layer] = str(found).rpartition("; ")[0]
-            warnings.warn(f"left alone: {unfit[found.layer]}", FxBasisWarning, stacklevel=3)
 
 
 def _planned(

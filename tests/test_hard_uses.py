@@ -188,7 +188,7 @@ def test_a_way_that_train_alone_takes_is_proven_too() -> None:
         small = compress(model, X, layers="re:.*", size=1.0)
     assert [layer.form for layer in plan_of(small)] == ["dense", "output"]
     assert_behaves_as(model, small)
-    with pytest.raises(LayerError, match=r"conv 1 \(conv\).*its class is asked for.*leave it out of layers="):
+    with pytest.raises(VerificationError, match=r"conv 1 \(conv\).*its class is asked for.*out of layers="):
         compress(model, X, layers=1, size=1.0)
     with pytest.raises(VerificationError, match=r"conv 1 \(conv\).*its class is asked for"):
         compress(model, X, plan=select(number_convs(model, X), size=4))

@@ -258,6 +258,7 @@ def test_sensitivities_and_plan_draw_on_the_command_line(source: str, tmp_path: 
     assert main(["sensitivities", *common, str(tmp_path / "one.svg")]) == 0
     assert "estimator weight, no images" in texts(tmp_path / "one.svg")
     out = ["--out", str(tmp_path / "plan.json")]
+    out.append("--keep-if-slower")
     assert main(["plan", *common, str(tmp_path / "front"), "--macs", "0.6", *out]) == 0
     assert "MACs over those of the original" in texts(tmp_path / "front.svg")
     assert main(["plan", *common, str(tmp_path / "front"), "--params", "0.6", *out]) == 0
