@@ -42,19 +42,23 @@ __all__ = ["Capture", "capture"]
 
 @dataclass(frozen=True)
 class _Way:
-    """The modes of modules by their depth, even and odd, and whether gradients are on.
+    """The modes of modules: of the traced one, of those an odd and an even number of levels below it.
 
-    Autocast is the opposite of that, so that no context of the model is the one that is already open.
+    Autocast is the opposite of ``gradients``, so that no context of the model is the one already open.
     """
 
-    training: tuple[bool, bool]
-    gradients: bool
+    training: tuple[bool, bool, bool]
+    gradients: bool = True
+
+    def mode_of(self, name: str) -> bool:
+        """Whether the module of this name is in train()."""
+        return self.training[1 + name.count(".") % 2 if name else 0]
 
 
-_EVAL = _Way((False, False), True)
-_EVAL_AROUND_TRAIN = _Way((False, True), True)
-_TRAIN = _Way((True, True), False)
-_TRAIN_AROUND_EVAL = _Way((True, False), True)
+_EVAL = _Way((False, False, False))
+_TRAIN = _Way((True, True, True), gradients=False)
+_OTHERS = (_Way((False, True, True), gradients=False), _TRAIN, _Way((True, False, False)))
+_OTHERS_DEEP = (_Way((False, True, False)), *_OTHERS, _Way((True, False, True)))
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,11 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
         try:
             found = subject.trace(leaves, defaults, _EVAL)
             _check_mutations(found.graph)
-            for way in (_EVAL_AROUND_TRAIN, _TRAIN, _TRAIN_AROUND_EVAL):
+            for way in subject.ways():
+                in_eval = way.training[0]  # and the ways in eval() came out the same
                 other = subject.trace(leaves, defaults, way)
                 _check_same(found, other)
                 _check_constants(found, other)
-                in_eval = True
             break
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
@@ -141,10 +145,14 @@ class _Subject:
         self.own = {name: m for name, m in named if not isinstance(m, torch.jit.ScriptModule)}
         self.before = pictures(self.own)
 
+    def ways(self) -> tuple[_Way, ...]:
+        """Those beside eval() throughout, of eval() first."""
+        return _OTHERS_DEEP if any("." in name for name in self.own) else _OTHERS
+
     def trace(self, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> Capture:
         """The graph of one way."""
         for name, module in self.own.items():
-            module.training = way.training[(name.count(".") + 1) % 2 if name else 0]
+            module.training = way.mode_of(name)
             self.before[name]["training"] = module.training
         with seeded(1), contexts(gradients=way.gradients), blamed_on(""):
             tracer = GuardedTracer(leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import random
@@ -9,7 +10,9 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import CodeType
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -26,6 +29,7 @@ from .graphs import ObstacleError
 __all__ = ["ContextError", "GuardedTracer", "blamed_on", "definition_of"]
 
 _PASSES = str(Path(__file__).parent)
+_MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
 
 
@@ -39,7 +43,10 @@ class _Guarded(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__array_"):
             self._refuse("the array")
-        return _Attribute(self, name)
+        found = _Attribute(self, name)
+        if inspect.isdatadescriptor(getattr(torch.Tensor, name, None)):
+            cast(GuardedTracer, self.tracer).note_attribute(found, sys._getframe(1).f_code)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_PROXIES:  # a graph has no such step
@@ -85,7 +92,9 @@ class _Guarded(fx.Proxy):
 
 
 class _Attribute(fx.proxy.Attribute, _Guarded):
-    """An attribute of such a value."""
+    """An attribute of such a value; its node is made where the graph needs it."""
+
+    _node: fx.Node | None
 
 
 class GuardedTracer(fx.Tracer):
@@ -98,11 +107,19 @@ class GuardedTracer(fx.Tracer):
         self.refused: ObstacleError | None = None
         self.entered: set[str] = set()
         self.texts: dict[str, ObstacleError] = {}
+        self.attributes: list[tuple[_Attribute, ObstacleError]] = []
 
     @property
     def obstacle(self) -> ObstacleError | None:
-        """The first thing that was refused, or a text that went elsewhere than into an assert's message."""
-        return self.refused or next(iter(self.texts.values()), None)
+        """What was refused, a text that is in no assert's message, or an attribute asked for by ``is``."""
+        compared = (error for attribute, error in self.attributes if attribute._node is None)
+        return self.refused or next(iter(self.texts.values()), None) or next(compared, None)
+
+    def note_attribute(self, attribute: _Attribute, code: CodeType) -> None:
+        """Keep it where the code has an ``is``, of which a graph sees nothing: then no node comes of it."""
+        if _has_is(code, of_none=attribute.attr in _MAY_BE_NONE):
+            reason = f"it compares {attribute.attr} of a value by 'is', which a graph keeps ({_caller()})"
+            self.attributes.append((attribute, ObstacleError(reason, self.scope.module_path)))
 
     def text_of(self, node: fx.Node) -> str:
         """A text in place of the value's, whose way is followed: only an assert's message may have it."""
@@ -259,6 +276,16 @@ def _caller() -> str:
             break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@functools.cache
+def _has_is(code: CodeType, of_none: bool) -> bool:
+    """Whether the code compares something by ``is``; with None, only where ``of_none``."""
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    if of_none and any(name.endswith("_NONE") for name, _ in steps):  # a jump
+        return True
+    with_none = ("LOAD_CONST", None)
+    return any(two[0] == "IS_OP" and (of_none or one != with_none) for one, two in pairwise(steps))
 
 
 def _asked_by_model() -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from behaviour import X
+from behaviour import X, seed_all
 from hard_modules import Base, assert_behaves_as, assert_same
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fxbasis import TraceError, compress, doctor, fold, parts_of, profile, trace
 
@@ -279,3 +280,62 @@ def test_folding_checks_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
         folded = fold(small)
     assert_same(small(X), folded(X), 1e-5)
+
+
+class DropsByAMode(Base):
+    """By the mode of a module two levels below."""
+
+    def prepare(self) -> None:
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x: Tensor) -> Any:
+        return F.dropout(self.out(self.inner(x)), 0.5, self.inner[1].training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_part_two_levels_below_in_another_mode_than_the_rest(training: bool) -> None:
+    model = DropsByAMode().train(training)
+    small = compress(model, X, layers="re:.*", size=1.0)
+    for each in (model, small):
+        each.inner[1].train(not training)
+    outputs = []
+    for each in (model, small):
+        seed_all()
+        outputs.append(each(X))
+    assert_same(*outputs, 1e-5)
+
+
+class ComparesBy(Base):
+    def forward(self, x: Tensor) -> Any:
+        y = self.out(x)
+        return y * 2 if self.asks(y) else y
+
+
+@pytest.mark.parametrize(
+    ("asks", "change"),
+    [
+        (lambda y: y.dtype is torch.bfloat16, lambda model: model.bfloat16()),
+        (lambda y: torch.float64 is y.dtype, lambda model: model.double()),
+        (lambda y: y.requires_grad is False, lambda model: model.requires_grad_(False)),
+        (lambda y: y.grad_fn is None, lambda model: model.requires_grad_(False)),
+    ],
+)
+def test_what_is_compared_by_identity_is_asked_at_each_call(asks: Any, change: Any) -> None:
+    model = ComparesBy().eval()
+    model.asks = asks
+    small = compress(model, X, layers="re:.*", size=1.0)
+    assert not parts_of(small)[0].graph
+    change(small), change(model)
+    x = X.to(model.conv.weight.dtype)
+    torch.testing.assert_close(small(x), model(x), rtol=2e-2, atol=2e-2)
+    assert asks(model(x))
+
+
+def test_an_identity_that_is_asked_of_other_things_leaves_a_graph() -> None:
+    class AsksForNone(Base):
+        def forward(self, x: Tensor, scale: Any = None) -> Any:
+            dtype = x.dtype
+            y = self.out(x.float()).to(dtype)
+            return y if scale is None or self.training is None else y * scale
+
+    assert parts_of(trace(AsksForNone().eval(), X))[0].graph
