@@ -6,7 +6,7 @@ Both bring their outputs into order with a gather of channels, which keeps the m
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import SelectionError
 from .steps import Step
@@ -17,6 +17,7 @@ LOWERINGS = ("gather", "conv")
 """The ways to compute a reduced composition."""
 
 
+@fx.wrap
 def _channels(input: Tensor, index: Tensor) -> Tensor:
     """The channels of (..., C, H, W) by their numbers, in the memory format that they come in."""
     if input.is_contiguous() or input.ndim != 4:
@@ -31,13 +32,13 @@ class GaugeComposition(nn.Module):
         weight: (out_channels - in_channels, in_channels / groups, 1, 1), of the outputs that are no copies.
         bias: (out_channels,), or None.
         order: (out_channels,), for each output its position among the copies and then the combinations.
+        made: how many outputs are combinations.
     """
 
     def __init__(self, step: Step, like: Tensor, *, bias: bool) -> None:
         super().__init__()
-        made = step.out_channels - step.copies
-        self.groups = step.groups
-        self.weight = nn.Parameter(like.new_empty(made, step.in_channels // step.groups, 1, 1))
+        self.made, self.groups = step.out_channels - step.copies, step.groups
+        self.weight = nn.Parameter(like.new_empty(self.made, step.in_channels // step.groups, 1, 1))
         self.bias = nn.Parameter(like.new_empty(step.out_channels)) if bias else None
         self.order: Tensor
         self.register_buffer("order", torch.arange(step.out_channels, device=like.device))
@@ -45,7 +46,7 @@ class GaugeComposition(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Copies and combinations of the basis convolution's output (..., in_channels, H, W)."""
         outputs = [input]
-        if len(self.weight):
+        if self.made:
             outputs.append(nn.functional.conv2d(input, self.weight, groups=self.groups))
         output = _channels(torch.cat(outputs, -3), self.order)
         return output if self.bias is None else output + self.bias[:, None, None]
@@ -58,8 +59,8 @@ class GaugeComposition(nn.Module):
 
     def extra_repr(self) -> str:
         """Channels and groups."""
-        made, rank = self.weight.shape[0], self.weight.shape[1] * self.groups
-        return f"{rank}, {len(self.order)}, copies={len(self.order) - made}, groups={self.groups}"
+        rank, filters = self.weight.shape[1] * self.groups, len(self.order)
+        return f"{rank}, {filters}, copies={filters - self.made}, groups={self.groups}"
 
 
 class ReducedComposition(nn.Module):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .errors import TraceError
 from .nests import ATOMS, tensors_of
 from .rebinding import rebind_
-from .running import seeded
+from .running import COMPILED, is_compiled, seeded
 
-__all__ = ["KEEPS_PARAMETERS", "Model", "copy_model", "copy_to_run", "memory_of"]
+__all__ = ["KEEPS_PARAMETERS", "Model", "check_module", "copy_model", "copy_to_run", "memory_of"]
 
 KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
 _EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
@@ -35,10 +35,7 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     Raises:
         TraceError: when something that the model holds cannot be copied, or copies itself as itself.
     """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("the model is a ScriptModule, which is closed; pass the nn.Module it was made of")
+    check_module(model)
     _check_delegation(model)
     parameters = list(model.parameters())
     memo: dict[int, Any] = {}
@@ -67,12 +64,26 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
     return copied
 
 
+def check_module(model: object) -> None:
+    """Refuse what is no module, or a closed one.
+
+    Raises:
+        TraceError: naming its class.
+    """
+    if not isinstance(model, nn.Module):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TraceError(f"the model is a {kind}{', a class' * isinstance(model, type)}; pass an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("the model is a ScriptModule, which is closed; pass the nn.Module it was made of")
+
+
 def copy_to_run(model: Model) -> Model:
     """A copy for a run; it shares the parameters where ``trace`` has seen that forward does not change them.
 
     Raises:
         TraceError: when something that the model holds cannot be copied.
     """
+    check_module(model)
     return copy_model(model, share_parameters=vars(model).get(KEEPS_PARAMETERS) is True)
 
 
@@ -110,6 +121,11 @@ def _check_delegation(model: nn.Module) -> None:
             continue
         handed = getattr(module, "__deepcopy__", None)
         if handed is not None and not hasattr(type(module), "__deepcopy__"):
+            if is_compiled(module):
+                raise TraceError(
+                    f"{name or 'the model'} is what torch.compile made of a graph, which cannot be copied; "
+                    f"pass the graph, {name + '.' * bool(name)}{COMPILED}, and compile the result"
+                )
             raise TraceError(
                 f"{name or 'the model'} ({type(module).__name__}) hands on __deepcopy__ of what it wraps, so "
                 "that a copy would be that alone; let its __getattr__ refuse names that begin with __"

@@ -15,16 +15,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from math import prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .carrying import carry_attributes, carry_hooks
 from .compositions import GaugeComposition, ReducedComposition
-from .errors import VerificationError
+from .errors import LayerError, VerificationError
 from .factors import chained, factors_like, product
-from .kernels import bare_conv, conv_like, kernel_of, own_class
+from .kernels import (
+    bare_conv,
+    conv_like,
+    kernel_of,
+    own_class,
+    run_weight_hooks,
+    settled_twin,
+    weight_hooks,
+)
 from .recipe import LAYER, LayerPlan
 from .structures import FORMS
 
@@ -77,10 +87,12 @@ class BasisConv2d(nn.Module):
 
     def _composed(self) -> Tensor:
         """The weight of the weight form, in its own dtype and with gradients."""
-        groups = self.plan.steps[0].groups
-        basis = self.basis.weight.reshape(groups, -1, self.basis.weight[0].numel())
-        composition = self.composition.weight.reshape(groups, -1, basis.shape[1])
-        weight = (composition @ basis).reshape(-1, *self.basis.weight.shape[1:])
+        run_weight_hooks(self.basis)
+        run_weight_hooks(self.composition)
+        groups, kernel = self.plan.steps[0].groups, (self.in_channels // self.groups, *self.kernel_size)
+        basis = self.basis.weight.reshape(groups, -1, prod(kernel))
+        composition = self.composition.weight.reshape(groups, -1, self.plan.ranks[0] // groups)
+        weight = (composition @ basis).reshape(-1, *kernel)
         return weight.clone(memory_format=_layout(self.basis.weight))  # contiguous() would not touch a 1x1
 
     @classmethod
@@ -124,11 +136,15 @@ class BasisConv2d(nn.Module):
     def to_conv2d(self) -> nn.Conv2d:
         """One Conv2d, of the class that the layer had, with the same function, checked on a random patch.
 
-        Hooks and modes are carried over.
+        Hooks and modes are carried over. What somebody put on a step to make its weight is taken in.
 
         Raises:
+            LayerError: when a step has hooks, which no Conv2d would run.
             VerificationError: when the two differ by more than rounding of the layer's dtype.
         """
+        settled = self._settled()
+        if settled is not self:
+            return settled.to_conv2d()
         conv = self._dense_like()
         with torch.no_grad():
             conv.weight.data = self.weight.to(memory_format=_layout(self.basis.weight))
@@ -142,6 +158,25 @@ class BasisConv2d(nn.Module):
         carry_attributes(self, conv)
         _check_fold(self, conv)
         return conv.train(self.composition.training)
+
+    def _settled(self) -> BasisConv2d:
+        """Itself, or a twin where parametrizations or weight hooks make the weights of its steps."""
+        for name, step in self.factors.items():
+            hooks = len(step._forward_hooks) + len(step._forward_pre_hooks) - len(weight_hooks(step))
+            if hooks:
+                raise LayerError(
+                    f"{self.plan} cannot be folded: its {name} has hooks, which a convolution in place of "
+                    "its steps would not run; remove them first"
+                )
+        if not any(weight_hooks(step) or is_parametrized(step) for step in self.factors.values()):
+            return self
+        form = BasisConv2d({name: settled_twin(step) for name, step in self.factors.items()})
+        for name, parameter in form.named_parameters():
+            step = self.get_submodule(name.rpartition(".")[0])
+            parameter.requires_grad_(any(part.requires_grad for part in step.parameters()))
+        carry_hooks(self, form)
+        carry_attributes(self, form)
+        return form
 
     def _dense_like(self) -> nn.Conv2d:
         bias = self.bias is not None
@@ -178,7 +213,8 @@ class BasisConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The folded weight (out_channels, in_channels / groups, K_h, K_w), multiplied in float64."""
-        return product(self.plan, self.factors).to(self.basis.weight.dtype)
+        steps = {name: settled_twin(s) if weight_hooks(s) else s for name, s in self.factors.items()}
+        return product(self.plan, steps).to(self.basis.weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -258,6 +294,7 @@ def _trained(conv: nn.Conv2d, kind: str) -> bool:
     return any(part.requires_grad for name, part in conv.named_parameters() if kind in name)
 
 
+@fx.wrap
 def _layout(weight: Tensor) -> torch.memory_format:
     """By the strides: a 1x1 or one-channel weight is contiguous in both formats."""
     plain = weight.stride() == torch.empty(weight.shape, device="meta").stride()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ __all__ = [
     "makers_of",
     "original_forward",
     "own_class",
+    "run_weight_hooks",
+    "settled_twin",
     "weight_hooks",
 ]
 
@@ -58,6 +60,9 @@ _OF_MODULES = (
     *("__getattr__", "__setattr__", "__delattr__", "__deepcopy__"),
 )
 _OF_STATE = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+
+
+Step = TypeVar("Step", bound=nn.Module)
 
 
 class KernelError(Exception):
@@ -92,7 +97,7 @@ def kernel_of(conv: nn.Conv2d) -> Kernel:
     if replaced:
         raise KernelError(f"its {replaced[0]} was replaced on the instance")
     _check_class(conv)
-    settled = _settled(conv)
+    settled = settled_twin(conv)
     _check_options(settled)
     if type(settled).__call__ is not nn.Module.__call__:
         raise KernelError(f"its class {type(settled).__name__} has its own __call__")
@@ -105,18 +110,17 @@ def kernel_of(conv: nn.Conv2d) -> Kernel:
     return Kernel(_effective(settled, first, second), effective=True)
 
 
-def own_class(conv: nn.Conv2d) -> type[nn.Conv2d]:
+def own_class(conv: nn.Module) -> type[Any]:
     """Its class before parametrization."""
-    kind: type[nn.Conv2d] = parametrize.type_before_parametrizations(conv)
+    kind: type[Any] = parametrize.type_before_parametrizations(conv)
     return kind
 
 
-def class_of(conv: nn.Conv2d) -> type[nn.Conv2d]:
+def class_of(conv: nn.Module) -> type[Any]:
     """Its class before parametrization; nn.Conv2d for a subclass that computes as that does."""
     kind = own_class(conv)
-    same = all(
-        getattr(kind, name) is getattr(nn.Conv2d, name) for name in ("forward", "_conv_forward", "__call__")
-    )
+    names = ("forward", "_conv_forward", "__call__")
+    same = all(getattr(kind, name, None) is getattr(nn.Conv2d, name) for name in names)
     return nn.Conv2d if same else kind
 
 
@@ -158,7 +162,13 @@ def weight_hooks(module: nn.Module) -> dict[int, tuple[Callable[..., Any], str]]
     return found
 
 
-def makers_of(conv: nn.Conv2d) -> str:
+def run_weight_hooks(module: nn.Module) -> None:
+    """Make anew what the pre-hooks of torch.nn.utils make, for a module that is not called itself."""
+    for hook, _ in weight_hooks(module).values():
+        hook(module, ())
+
+
+def makers_of(conv: nn.Module) -> str:
     """What makes its weight and bias: names of parametrizations and hooks; empty for a plain one."""
     hooks = ", ".join(type(hook).__name__ for hook, _ in weight_hooks(conv).values())
     if hooks:
@@ -170,7 +180,7 @@ def makers_of(conv: nn.Conv2d) -> str:
     return f"its parametrization ({kinds})"
 
 
-def held_besides(conv: nn.Conv2d) -> set[str]:
+def held_besides(conv: nn.Module) -> set[str]:
     """Parameters, buffers and modules beyond weight, bias and what makes them."""
     made = {f"{name}_{part}" for _, name in weight_hooks(conv).values() for part in _PARTS}
     held = {*conv._parameters, *conv._buffers, *conv._modules}
@@ -213,7 +223,7 @@ def bare_conv(in_channels: int, out_channels: int, kernel: Any, like: Tensor, **
     return conv
 
 
-def _twin(conv: nn.Conv2d) -> nn.Conv2d:
+def _twin(conv: Step) -> Step:
     """The same tensors in another object, whose dicts can be changed, without hooks."""
     twin = type(conv).__new__(type(conv))
     for key, value in vars(conv).items():
@@ -225,20 +235,24 @@ def _twin(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def _settled(conv: nn.Conv2d) -> nn.Conv2d:
-    """A twin with the weight and bias of eval() as plain parameters, and nothing that makes them."""
+def settled_twin(conv: Step) -> Step:
+    """A twin with the weight and bias of eval() as plain parameters, and nothing that makes them.
+
+    Of a convolution, or of another module with a weight and a bias.
+    """
     made, twin = weight_hooks(conv), _twin(conv)
     with in_mode(conv, training=False), in_mode(twin, training=False):
         for hook, _ in made.values():
             hook(twin, ())
-        weight, bias = twin.weight, twin.bias
+        weight, bias = cast(Tensor, twin.weight), cast("Tensor | None", twin.bias)
     try:
         twin.__class__ = class_of(conv)
     except TypeError as error:
         raise KernelError(f"its class {type(conv).__name__} cannot be exchanged: {error}") from error
     for name in ("kernel_size", "stride", "padding", "dilation"):  # which PyTorch takes as numbers too
-        value = getattr(twin, name)
-        setattr(twin, name, value if isinstance(value, str) else _pair(value))
+        value = getattr(twin, name, "")
+        if not isinstance(value, str):
+            setattr(twin, name, _pair(value))
     keep = held_besides(conv)
     for store in (twin._parameters, twin._buffers, twin._modules):
         for name in set(store) - keep:
@@ -247,7 +261,7 @@ def _settled(conv: nn.Conv2d) -> nn.Conv2d:
     return twin
 
 
-def _store(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> None:
+def _store(conv: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Set both as parameters, before any others; gradients where the dtype has them."""
     rest = {name: part for name, part in conv._parameters.items() if name not in ("weight", "bias")}
     conv._parameters.clear()

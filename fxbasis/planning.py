@@ -25,6 +25,7 @@ from .export.checking import check_threads
 from .fronts import Front, front
 from .latency import planned_by_time
 from .passes.ranking import is_whole
+from .passes.rewriting import check_uncompressed
 from .passes.selection import Layers
 from .recipe import Plan
 from .relinearising import in_rounds
@@ -120,6 +121,7 @@ def _front(
         raise PlanError(
             "the model has no Conv2d, so there is nothing to plan; fxbasis.profile counts its work"
         )
+    check_uncompressed(subject.model)
     if name in CHANGES:
         subject.check_comparable()
     fitted, ruled_out = fitted_for(subject, forms, multiple, layers)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calibration_data import batches_of, checked
+from .copying import check_module
 from .errors import InputError
 from .running import call, in_mode, seeded
 
@@ -50,6 +51,7 @@ def recalibrate_batchnorm_(model: nn.Module, calibration: Iterable[Any]) -> int:
     >>> norm.running_mean, norm.running_var, norm.momentum
     (tensor([4.]), tensor([2.]), 0.1)
     """
+    check_module(model)
     checked(calibration)
     norms = _tracking(model)
     with torch.no_grad(), seeded(), in_mode(model, training=False), _averaging(norms):

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
-from ..copying import copy_to_run
+from ..copying import check_module, copy_to_run
 from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError
 from ..forms import RESERVED, BasisConv2d, as_form, layer_plan
@@ -38,6 +38,7 @@ def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
     >>> list(conv_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))))
     ['0', '2']
     """
+    check_module(model)
     layers: dict[str, nn.Conv2d | BasisConv2d] = {}
     factors: set[int] = set()
     for name, module in model.named_modules():

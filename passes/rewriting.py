@@ -31,6 +31,7 @@ from .records import ConvRecord
 __all__ = [
     "RewritePass",
     "check_plan",
+    "check_uncompressed",
     "check_weight",
     "expand",
     "factorise",
@@ -106,9 +107,10 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
 
     Raises:
         PlanError: naming the first layer that differs.
-        LayerError: when a layer's kernel is not the one that the plan means.
+        LayerError: when a layer's kernel is not the one that the plan means, or is compressed already.
     """
-    layers = conv_layers(model)
+    check_uncompressed(model)
+    layers = cast(dict[str, nn.Conv2d], conv_layers(model))
     if len(layers) != len(plan):
         raise PlanError(
             f"the plan has {len(plan)} convolutions, {type(model).__name__} has {len(layers)}; "
@@ -119,7 +121,7 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
         shape = shape_of(conv)
         found = (number, name, shape.in_channels, shape.out_channels, shape.kernel_size, shape.groups)
         meant = (layer.number, layer.name, layer.in_channels, layer.out_channels)
-        if found != (*meant, layer.kernel_size, layer.groups) or not isinstance(conv, nn.Conv2d):
+        if found != (*meant, layer.kernel_size, layer.groups):
             raise PlanError(
                 f"the plan's {layer} meets conv {number} ({name}), {type(conv).__name__} of weight "
                 f"{tuple(conv.weight.shape)}; use the model that the plan was made for, uncompressed"
@@ -128,6 +130,16 @@ def check_plan(model: nn.Module, plan: Plan) -> Mapping[str, nn.Conv2d]:
             _check_kernel(conv, layer)
         convs[name] = conv
     return convs
+
+
+def check_uncompressed(model: nn.Module) -> None:
+    """Refuse a model that has forms already: a plan is for all layers of an original."""
+    for name, layer in conv_layers(model).items():
+        if isinstance(layer, BasisConv2d):
+            raise LayerError(
+                f"{name} is compressed already ({layer.plan.form} form, rank {layer.plan.ranks}); fold the "
+                "model first, or compress the original under one plan for all its layers"
+            )
 
 
 def check_weight(conv: nn.Conv2d, layer: LayerPlan | ConvRecord) -> None:

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
 
-from ..copying import KEEPS_PARAMETERS, Model, copy_model
+from ..copying import KEEPS_PARAMETERS, Model, check_module, copy_model
 from ..errors import FxBasisWarning, LayerError, TraceError
 from ..forms import BasisConv2d
 from ..running import ExampleInputs
@@ -82,6 +82,7 @@ def parts_of(traced: nn.Module) -> tuple[Part, ...]:
     >>> parts_of(trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8)))
     (Part(name='', graph=True, reason='', given=('input',)),)
     """
+    check_module(traced)
     found: tuple[Part, ...] = vars(traced).get(PARTS, ())
     return found or (Part("", isinstance(traced, fx.GraphModule)),)
 

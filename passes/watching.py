@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..copying import memory_of
 from ..forms import BasisConv2d
 from ..kernels import weight_hooks
-from ..nests import tensors_in, tensors_of
+from ..nests import ATOMS, parts_of_object, tensors_in, tensors_of
 from ..running import ExampleInputs, run
 
 __all__ = ["Call", "FunctionalConv", "Seen", "readers_in", "watched_run"]
@@ -101,15 +101,14 @@ def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) 
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in (*module._parameters.items(), *_held_plainly(module)):
             if parameter is not None:
                 owners.setdefault(memory_of(parameter), []).append(f"{path}.{key}".lstrip("."))
     read: dict[str, str] = {}
     for name, layer in layers.items():
-        for parameter in layer.parameters(recurse=False):
-            others = [
-                owner for owner in owners.get(memory_of(parameter), ()) if owner.rpartition(".")[0] != name
-            ]
+        inside = name and f"{name}."
+        for parameter in layer.parameters():
+            others = [owner for owner in owners.get(memory_of(parameter), ()) if not owner.startswith(inside)]
             if others:
                 read[name] = f"its parameter is also {others[0]}"
     for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
@@ -118,6 +117,27 @@ def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) 
         if owner in layers and users:
             read[owner] = f"its {key} is also read by node {users[0].name}"
     return read
+
+
+def _held_plainly(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters in plain attributes, lists and objects, such as those of a regulariser or an optimizer."""
+    for key, value in vars(module).items():
+        if type(value) not in ATOMS and not (key.startswith("_") and isinstance(value, (dict, fx.Graph))):
+            yield from (
+                (f"{key} (a plain attribute)", parameter) for parameter in _parameters_in(value, {id(module)})
+            )
+
+
+def _parameters_in(value: Any, seen: set[int]) -> Iterator[nn.Parameter]:
+    if isinstance(value, nn.Parameter):
+        yield value
+    elif type(value) not in ATOMS and id(value) not in seen and not isinstance(value, (Tensor, nn.Module)):
+        seen.add(id(value))
+        parts = value.values() if isinstance(value, Mapping) else value
+        if not isinstance(value, (Mapping, list, tuple, set)):
+            parts = (parts_of_object(value) or {}).values()
+        for part in parts:
+            yield from _parameters_in(part, seen)
 
 
 def _asks_for_kind(user: fx.Node, node: fx.Node) -> bool:
