@@ -16,7 +16,18 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxbasis.saving
-from fxbasis import FxBasisError, FxBasisWarning, PlanError, UsageError, compress, fold, load, plan_of, save
+from fxbasis import (
+    FxBasisError,
+    FxBasisWarning,
+    LayerError,
+    PlanError,
+    UsageError,
+    compress,
+    fold,
+    load,
+    plan_of,
+    save,
+)
 from fxbasis.forms import BasisConv2d
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -358,7 +369,6 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another layer": (Deeper, r"lacks \['extra\.bias', 'extra\.weight'\]"),
     "untied": (Untied, "plan has 3 convolutions, Untied has 4"),
     "another dtype": (lambda: make().double(), r"float32, the model has .* torch\.float64; .*model\.to"),
-    "compressed already": (compressed_already, "BasisConv2d.*uncompressed"),
 }
 
 
@@ -367,6 +377,11 @@ def test_folder_of_another_model_is_refused(folder: Path, key: str) -> None:
     build, message = OTHERS[key]
     with pytest.raises(PlanError, match=message):
         load(build(), folder)
+
+
+def test_a_compressed_model_in_place_of_a_fresh_one_is_refused(folder: Path) -> None:
+    with pytest.raises(LayerError, match="is compressed already .*fold the model first"):
+        load(compressed_already(), folder)
 
 
 @pytest.mark.parametrize("below", ["file", "file/saved", "file/a/b"])
