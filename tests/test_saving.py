@@ -380,7 +380,7 @@ def test_folder_of_another_model_is_refused(folder: Path, key: str) -> None:
 
 
 def test_a_compressed_model_in_place_of_a_fresh_one_is_refused(folder: Path) -> None:
-    with pytest.raises(LayerError, match="is compressed already .*fold the model first"):
+    with pytest.raises(LayerError, match=r"is compressed already .*fold the model first"):
         load(compressed_already(), folder)
 
 
