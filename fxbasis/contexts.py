@@ -29,12 +29,12 @@ def open_contexts() -> tuple[Any, ...]:
 
 
 @contextmanager
-def contexts(*, gradients: bool) -> Iterator[None]:
-    """Gradients on and autocast off, or the other way round."""
+def contexts(*, gradients: bool, autocast: bool) -> Iterator[None]:
+    """Gradients and autocast on or off."""
     before = [torch.is_autocast_enabled(kind) for kind in _KINDS]
     with torch.set_grad_enabled(gradients):
         for kind in _KINDS:
-            torch.set_autocast_enabled(kind, not gradients)
+            torch.set_autocast_enabled(kind, autocast)
         try:
             yield
         finally:

@@ -301,7 +301,11 @@ def _probe(settled: nn.Conv2d, *, training: bool, gradients: bool = True) -> dic
     """
     twin = copy_model(settled)
     recorder, name = _Recorder(twin), type(settled).__name__
-    with contexts(gradients=gradients), seeded(int(training)), in_mode(twin, training):
+    with (
+        contexts(gradients=gradients, autocast=not gradients),
+        seeded(int(training)),
+        in_mode(twin, training),
+    ):
         x, held = _synthetic(settled, 5 if training else 2), _held(twin)
         before, around = _versions(x, twin), open_contexts()
         try:

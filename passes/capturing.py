@@ -1,8 +1,8 @@
 """Symbolic tracing that notices what fx would change in silence.
 
 Symbolic tracing runs the model's Python once and keeps what it saw. Here it is run in several ways, on
-copies: in train() and in eval(), with parts in another mode than the whole, with and without gradients. A
-submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
+copies: in train() and in eval(), with parts in another mode than the whole, with and without gradients and
+autocast. A submodule becomes a *leaf*, which stays Python and decides at run time, when in its own forward
 
 - fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up), also where that is caught,
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
@@ -34,7 +34,7 @@ from ..contexts import contexts
 from ..copying import copy_model
 from ..running import seeded
 from .graphs import CONSTANT, ObstacleError, renew_constants
-from .guarding import ContextError, GuardedTracer, blamed_on
+from .guarding import ContextError, GuardedTracer, Mode, blamed_on
 from .states import changed, pictures
 
 __all__ = ["Capture", "capture"]
@@ -42,23 +42,32 @@ __all__ = ["Capture", "capture"]
 
 @dataclass(frozen=True)
 class _Way:
-    """The modes of modules: of the traced one, of those an odd and an even number of levels below it.
+    """Modes of the traced module and of those in it, and contexts.
 
-    Autocast is the opposite of ``gradients``, so that no context of the model is the one already open.
+    Each of gradients and autocast is on and off in eval() and in train(), together and apart, so that a
+    context that the model opens is not always the one that is open already. Where modes are watched, a
+    module that asks for that of another is refused, since these may differ in any way.
     """
 
-    training: tuple[bool, bool, bool]
-    gradients: bool = True
+    training: bool
+    inside: bool
+    gradients: bool
+    autocast: bool
+    watched: bool = False
 
-    def mode_of(self, name: str) -> bool:
-        """Whether the module of this name is in train()."""
-        return self.training[1 + name.count(".") % 2 if name else 0]
+    @property
+    def what(self) -> str:
+        """What differs from eval() throughout."""
+        return "train() and eval()" if self.training or self.inside else "gradients or autocast on and off"
 
 
-_EVAL = _Way((False, False, False))
-_TRAIN = _Way((True, True, True), gradients=False)
-_OTHERS = (_Way((False, True, True), gradients=False), _TRAIN, _Way((True, False, False)))
-_OTHERS_DEEP = (_Way((False, True, False)), *_OTHERS, _Way((True, False, True)))
+_EVAL = _Way(False, False, gradients=True, autocast=False)
+_OTHERS = (
+    _Way(False, False, gradients=False, autocast=True, watched=True),
+    _Way(False, True, gradients=True, autocast=True),
+    _Way(True, True, gradients=True, autocast=True),
+    _Way(True, False, gradients=False, autocast=False),
+)
 
 
 @dataclass(frozen=True)
@@ -90,11 +99,11 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
         try:
             found = subject.trace(leaves, defaults, _EVAL)
             _check_mutations(found.graph)
-            for way in subject.ways():
-                in_eval = way.training[0]  # and the ways in eval() came out the same
+            for way in _OTHERS:
+                in_eval = way.training  # then those in eval() came out the same
                 other = subject.trace(leaves, defaults, way)
-                _check_same(found, other)
-                _check_constants(found, other)
+                _check_same(found, other, way.what)
+                _check_constants(found, other, way.what)
             break
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
@@ -145,21 +154,21 @@ class _Subject:
         self.own = {name: m for name, m in named if not isinstance(m, torch.jit.ScriptModule)}
         self.before = pictures(self.own)
 
-    def ways(self) -> tuple[_Way, ...]:
-        """Those beside eval() throughout, of eval() first."""
-        return _OTHERS_DEEP if any("." in name for name in self.own) else _OTHERS
-
     def trace(self, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> Capture:
         """The graph of one way."""
+        tracer = GuardedTracer(leaves)
         for name, module in self.own.items():
-            module.training = way.mode_of(name)
-            self.before[name]["training"] = module.training
-        with seeded(1), contexts(gradients=way.gradients), blamed_on(""):
-            tracer = GuardedTracer(leaves)
+            self.before[name]["training"] = module.training = way.inside if name else way.training
+            if way.watched:
+                vars(module)["training"] = Mode(tracer, module, module.training)
+        with seeded(1), contexts(gradients=way.gradients, autocast=way.autocast), blamed_on(""):
             graph = tracer.trace(self.root, concrete_args=dict(defaults) or None)
             if tracer.obstacle:
                 raise tracer.obstacle
         constants = self._take_constants(graph)
+        for module in self.own.values():
+            if isinstance(module.training, Mode):
+                module.training = module.training.training
         for name, after in pictures(self.own).items():
             others = changed(self.before[name], after)
             if others:
@@ -195,13 +204,13 @@ def _in_place(node: fx.Node) -> bool:
     return name.rstrip("_") + "_" == name or node.kwargs.get("inplace") is True
 
 
-def _check_same(found: Capture, other: Capture) -> None:
+def _check_same(found: Capture, other: Capture, what: str) -> None:
     """Refuse graphs that differ, naming the submodule in whose own forward they part.
 
     What only one of them does, the innermost module that both entered does or calls.
     """
     entered = found.entered & other.entered
-    reason = "train() and eval() take different ways, first at"
+    reason = f"{what} take different ways, first at"
     one, two = _by_owner(found.graph), _by_owner(other.graph)
     for place in sorted({*one} & {*two}, reverse=True):  # the traced module itself, "", last
         for a, b in zip_longest(one[place], two[place]):
@@ -240,11 +249,11 @@ def _stack(node: fx.Node) -> list[str]:
     return [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
 
 
-def _check_constants(found: Capture, other: Capture) -> None:
+def _check_constants(found: Capture, other: Capture, what: str) -> None:
     for node in found.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         one, two = found.constants.get(name), other.constants.get(name)
         if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor):
             continue
         if one.shape != two.shape or not bool(((one == two) | (one != one)).all()):
-            raise ObstacleError(f"train() and eval() use different constants ({name})", _owner(node))
+            raise ObstacleError(f"{what} use different constants ({name})", _owner(node))

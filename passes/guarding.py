@@ -26,7 +26,7 @@ from ..contexts import open_contexts
 from ..nests import tensors_of
 from .graphs import ObstacleError
 
-__all__ = ["ContextError", "GuardedTracer", "blamed_on", "definition_of"]
+__all__ = ["ContextError", "GuardedTracer", "Mode", "blamed_on", "definition_of"]
 
 _PASSES = str(Path(__file__).parent)
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
@@ -198,11 +198,34 @@ class GuardedTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        """An OrderedDict stays one."""
+        """An OrderedDict stays one; a mode is asked for."""
+        if isinstance(a, Mode):
+            return bool(a)
         if type(a) is OrderedDict:  # fx would make it a dict
             items = [self.create_arg((key, value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         return super().create_arg(a)
+
+
+class Mode:
+    """Stands for ``training`` of a module, for which no other may ask: a graph would keep the answer."""
+
+    def __init__(self, tracer: GuardedTracer, module: nn.Module, training: bool) -> None:
+        self.tracer, self.module, self.training = tracer, module, training
+
+    def __bool__(self) -> bool:
+        if self.tracer.root.get_submodule(self.tracer.scope.module_path) is not self.module:
+            self.tracer.refuse("it asks whether a module in it is in train()")
+        return self.training
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __index__(self) -> int:
+        return int(bool(self))
 
 
 class _Held(_Guarded, ParameterProxy):

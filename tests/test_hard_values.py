@@ -305,6 +305,41 @@ def test_a_part_two_levels_below_in_another_mode_than_the_rest(training: bool) -
     assert_same(*outputs, 1e-5)
 
 
+class DropsByTwoModes(Base):
+    def prepare(self) -> None:
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return F.dropout(self.out(x), 0.5, self.drop.training and not self.bn.training)
+
+
+def test_parts_beside_each_other_in_other_modes() -> None:
+    model = DropsByTwoModes().train()
+    small = compress(model, X, layers="re:.*", size=1.0)
+    assert "asks whether a module in it is in train()" in parts_of(small)[0].reason
+    outputs = []
+    for each in (model, small):
+        each.bn.eval()
+        seed_all()
+        outputs.append(each(X))
+    assert_same(*outputs, 1e-5)
+
+
+class CarefulUnderAutocast(Base):
+    def forward(self, x: Tensor) -> Any:
+        y = self.out(x)
+        wide = torch.is_autocast_enabled("cpu") and (not self.training or torch.is_grad_enabled())
+        return y.float() if wide else y
+
+
+@pytest.mark.parametrize(("training", "gradients"), [(False, False), (False, True), (True, True)])
+def test_a_model_that_asks_for_autocast(training: bool, gradients: bool) -> None:
+    model = CarefulUnderAutocast().train(training)
+    small = compress(model, X, layers="re:.*", size=1.0)
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16):
+        assert small(X).dtype is model(X).dtype is torch.float32
+
+
 class ComparesBy(Base):
     def forward(self, x: Tensor) -> Any:
         y = self.out(x)

@@ -118,8 +118,8 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         TraceError,
         "cannot be deep-copied.*lock.*off the model first",
     ),
-    "no module": (lambda: lambda x: x, TraceError, "function; pass a torch.nn.Module"),
-    "a state_dict": (lambda: Plain().state_dict(), TraceError, "OrderedDict; pass a torch.nn.Module"),
+    "no module": (lambda: lambda x: x, TraceError, "function; pass an nn.Module"),
+    "a state_dict": (lambda: Plain().state_dict(), TraceError, "OrderedDict; pass an nn.Module"),
 }
 
 
