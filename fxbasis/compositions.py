@@ -49,7 +49,7 @@ class GaugeComposition(nn.Module):
         if self.made:
             outputs.append(nn.functional.conv2d(input, self.weight, groups=self.groups))
         output = _channels(torch.cat(outputs, -3), self.order)
-        return output if self.bias is None else output + self.bias[:, None, None]
+        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
     def dense_weight(self) -> Tensor:
         """The weight of the 1x1 convolution with the same function: (out_channels, in_channels / g, 1, 1)."""
@@ -118,13 +118,14 @@ class ReducedComposition(nn.Module):
         if self.lowering == "conv":
             return nn.functional.conv2d(input, self.dense_weight(), self.bias, groups=self.groups)
         output = self._gathered(input)
-        return output if self.bias is None else output + self.bias[:, None, None]
+        return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
     def _gathered(self, input: Tensor) -> Tensor:
         filters, sums = len(self.first), len(self.second)
-        made = _channels(input, self.first) * self.weight[:filters, None, None]
+        weight = self.weight.to(input.dtype)  # which autocast made another than its own
+        made = _channels(input, self.first) * weight[:filters, None, None]
         if sums:
-            others = _channels(input, self.second) * self.weight[filters:, None, None]
+            others = _channels(input, self.second) * weight[filters:, None, None]
             copies, firsts = torch.split(made, [filters - sums, sums], -3)
             made = torch.cat([copies, firsts + others], -3)
         return _channels(made, self.order)

@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .carrying import carry_attributes, carry_hooks
 from .compositions import GaugeComposition, ReducedComposition
+from .contexts import contexts
 from .errors import LayerError, VerificationError
 from .factors import chained, factors_like, product
 from .kernels import (
@@ -163,10 +164,11 @@ class BasisConv2d(nn.Module):
         """Itself, or a twin where parametrizations or weight hooks make the weights of its steps."""
         for name, step in self.factors.items():
             hooks = len(step._forward_hooks) + len(step._forward_pre_hooks) - len(weight_hooks(step))
-            if hooks:
+            what = "hooks" if hooks else "a bias of its own" if self._has_bias_inside(name) else ""
+            if what:
                 raise LayerError(
-                    f"{self.plan} cannot be folded: its {name} has hooks, which a convolution in place of "
-                    "its steps would not run; remove them first"
+                    f"{self.plan} cannot be folded: its {name} has {what}, which a convolution in place of "
+                    "its steps would not have; remove it first"
                 )
         if not any(weight_hooks(step) or is_parametrized(step) for step in self.factors.values()):
             return self
@@ -178,6 +180,9 @@ class BasisConv2d(nn.Module):
         carry_attributes(self, form)
         return form
 
+    def _has_bias_inside(self, name: str) -> bool:
+        return name != "composition" and self.get_submodule(name)._parameters.get("bias") is not None
+
     def _dense_like(self) -> nn.Conv2d:
         bias = self.bias is not None
         if FORMS[self.plan.form].whole_first or self.plan.form == "weight":
@@ -188,7 +193,10 @@ class BasisConv2d(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What the class of the convolution has beyond Conv2d, methods bound to the form."""
-        composition = self.__dict__.get("_modules", {}).get("composition")
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # which torch.compile follows
+            return modules[name]
+        composition = modules.get("composition")
         member = inspect.getattr_static(getattr(composition, CLASS, None), name, self)
         if member is self or hasattr(nn.Conv2d, name):
             return super().__getattr__(name)
@@ -302,7 +310,7 @@ def _layout(weight: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-@torch.no_grad()
+@contexts(gradients=False, autocast=False)
 def _check_fold(form: BasisConv2d, conv: nn.Conv2d) -> None:
     """Compare form and fold in float64 on one patch.
 

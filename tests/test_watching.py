@@ -15,6 +15,7 @@ from conftest import Net, build, close
 from timm.layers import CondConv2d
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from fxbasis import FxBasisWarning, LayerError, compress, number_convs, profile, trace
 from fxbasis.passes.watching import REMEDY
@@ -279,3 +280,34 @@ def test_an_error_inside_is_the_models_own() -> None:
 
     table = number_convs(Catching(), X)
     assert [record.calls for record in table] == [1, 2]
+
+
+class Decayed(Base):
+    """Its penalty reads weights that it keeps in a list, or in an optimizer."""
+
+    def __init__(self, keep: Any) -> None:
+        super().__init__(python=False)
+        self.kept = keep(self.conv)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda conv: [conv.weight],
+        lambda conv: {"decay": (conv.bias,)},
+        lambda conv: torch.optim.SGD(conv.parameters(), 0.1),
+    ],
+)
+def test_weights_in_plain_attributes_would_be_orphans(keep: Any) -> None:
+    first, second = number_convs(Decayed(keep).eval(), X)
+    assert first.reason == "its parameter is also kept (a plain attribute)"
+    assert second.status == "ok"
+
+
+def test_tied_originals_of_parametrizations_are_seen() -> None:
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)))
+    first, second = (module.parametrizations.weight for module in model)
+    second.original1 = first.original1
+    assert [record.reason for record in number_convs(model, X)] == [
+        f"its parameter is also {other}.parametrizations.weight.original1" for other in (1, 0)
+    ]
