@@ -12,18 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.utils import _pair
 
 from .compression import plan_of
-from .errors import PlanError, UsageError
-from .files import made_folder, write_through, write_whole
+from .copying import copy_model
+from .errors import PlanError
+from .files import made_folder, write_whole
+from .passes.numbering import conv_layers
 from .passes.rewriting import check_plan, rewrite
 from .passes.tracing import parts_of, retrace
 from .recipe import FORECAST, Plan, read_json
-from .running import load_values
+from .stored_state import StoredState, save_state
 
 __all__ = ["load", "save"]
 
@@ -51,6 +51,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         save_state(model, folder / WEIGHTS_FILE)
         content = plan.to_dict() | {
             "graphs": {part.name: list(part.given) for part in parts_of(model) if part.graph},
+            "options": _options(model),
             "weights_sha256": _sha256(folder / WEIGHTS_FILE),
         }
         write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
@@ -74,9 +75,12 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     plan = Plan.from_dict(content, str(folder / PLAN_FILE))
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
     check_plan(model, plan)
-    loaded = retrace(model, _graphs(content.get("graphs"), folder / PLAN_FILE))
+    _check_options(model, plan, content.get("options"))
+    stored, copied = StoredState(folder / WEIGHTS_FILE), copy_model(model)
+    stored.load_as_the_original(copied, plan)  # a graph keeps what its hooks set
+    loaded = retrace(copied, _graphs(content.get("graphs"), folder / PLAN_FILE))
     rewrite(loaded, plan, empty=True)
-    _load_state(loaded, folder / WEIGHTS_FILE)
+    stored.load_forms(loaded)
     if plan.forecast:
         setattr(loaded, FORECAST, dict(plan.forecast))
     return loaded
@@ -90,32 +94,25 @@ def _graphs(found: Any, path: Path) -> dict[str, list[str]]:
     return dict(found)
 
 
-def save_state(model: nn.Module, path: Path) -> None:
-    """Write the state_dict as safetensors, whole or not at all; a tensor of several names under the first."""
-    tensors, _ = _distinct(model)
-    plain = {
-        key: tensor.detach().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-    }
-    write_through(path, lambda temporary: save_file(plain, temporary))
+def _options(model: nn.Module) -> dict[str, list[Any]]:
+    """Stride, padding, dilation and padding mode of each layer by name, as JSON gives them back."""
+    found: dict[str, list[Any]] = {}
+    for name, layer in conv_layers(model).items():
+        sizes = (layer.stride, layer.padding, layer.dilation)
+        pairs = [size if isinstance(size, str) else list(_pair(size)) for size in sizes]
+        found[name] = [*pairs, layer.padding_mode]
+    return found
 
 
-def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor of the state_dict once; and for every other name of it, the one it has there."""
-    state = model.state_dict(keep_vars=True)
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UsageError(
-                f"{key} is a {type(value).__name__}, which safetensors cannot hold; "
-                "keep it in a buffer, or use torch.save"
+def _check_options(model: nn.Module, plan: Plan, expected: object) -> None:
+    own = _options(model)
+    for layer in plan:
+        saved = expected.get(layer.name) if isinstance(expected, dict) else None
+        if saved != own[layer.name] and not layer.effective:  # whose class has options of its own
+            raise PlanError(
+                f"{layer}: stride, padding, dilation and padding mode are {own[layer.name]}, in the saved "
+                f"model {saved}; use the model that was compressed"
             )
-        if value.layout is not torch.strided:
-            raise UsageError(
-                f"{key} has the layout {value.layout}, which safetensors cannot hold; make it dense, or use "
-                "torch.save"
-            )
-    first: dict[int, str] = {}
-    names = {key: first.setdefault(id(tensor), key) for key, tensor in state.items()}
-    return {key: state[key] for key in first.values()}, names
 
 
 def _sha256(path: Path) -> str:
@@ -136,27 +133,3 @@ def _check_hash(path: Path, expected: object) -> None:
             f"{path} is not the file that {PLAN_FILE} beside it was written for (its SHA-256 differs): it is "
             "truncated, altered or from another save; save the model again"
         )
-
-
-def _load_state(model: nn.Module, path: Path) -> None:
-    """Compare names, shapes and dtypes, then load."""
-    state, names = _distinct(model)
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise PlanError(f"{path} is damaged ({error}); save the model again") from error
-    missing = sorted(set(state) - set(stored))
-    unknown = sorted(set(stored) - set(state))
-    if missing or unknown:
-        raise PlanError(
-            f"{path} lacks {missing[:3]} and has {unknown[:3]} beyond what {type(model).__name__} has; "
-            "use the model that was compressed"
-        )
-    for key, tensor in stored.items():
-        if (tensor.shape, tensor.dtype) != (state[key].shape, state[key].dtype):
-            raise PlanError(
-                f"{path}: {key} is {tuple(tensor.shape)} {tensor.dtype}, the model has "
-                f"{tuple(state[key].shape)} {state[key].dtype}; use the model that was compressed, "
-                f"in that dtype (model.to(...))"
-            )
-    load_values(model, {key: stored[name] for key, name in names.items()})

@@ -121,7 +121,7 @@ def _add_fold(parser: argparse.ArgumentParser) -> None:
 def _fold(options: argparse.Namespace) -> Result:
     from .passes.folding import fold
     from .proving import rewrite_difference
-    from .saving import save_state
+    from .stored_state import save_state
 
     _, small, example = load_pair(options)
     folded = fold(small)

@@ -113,6 +113,7 @@ LAYERS = {
         "latency",
         "planning",
         "compression",
+        "stored_state",
         "saving",
         "diagnosis",
     ],

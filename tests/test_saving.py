@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxbasis.saving
+import fxbasis.stored_state
 from fxbasis import (
     FxBasisError,
     FxBasisWarning,
@@ -419,7 +420,8 @@ def test_nothing_half_written_stays(folder: Path, key: str, monkeypatch: pytest.
             Path(args[1]).write_bytes(b"half")
         raise error(28, "No space left on device")
 
-    monkeypatch.setattr(fxbasis.saving, name, half)
+    owner = fxbasis.stored_state if name == "save_file" else fxbasis.saving
+    monkeypatch.setattr(owner, name, half)
     with pytest.raises(seen):
         save(quietly(compress, make(seed=8), X, layers="re:.*", size=1), folder)
     monkeypatch.undo()
@@ -435,7 +437,7 @@ def test_failed_first_save_leaves_no_files(tmp_path: Path, monkeypatch: pytest.M
     def full(tensors: dict[str, Tensor], path: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fxbasis.saving, "save_file", full)
+    monkeypatch.setattr(fxbasis.stored_state, "save_file", full)
     with pytest.raises(UsageError, match=r"cannot write .*: No space left on device; give a path"):
         save(small_net(), tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
