@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .passes.folding import fold, fold_layers
 from .passes.numbering import conv_layers
 from .passes.tracing import python_in_train
 from .recipe import LayerPlan
-from .running import ExampleInputs, in_mode, run
+from .running import ExampleInputs, in_mode, run, telling
 
 __all__ = ["blamed", "rewrite_difference"]
 
@@ -110,12 +110,12 @@ def _differences(
             dense[name].register_forward_hook(lambda *_, key=form.plan: calls.update([key]))
             form.ends[1].register_forward_hook(lambda *_, key=form.plan: calls.subtract([key]))
     try:
-        expected = run(reference, example_inputs, training=training)
+        inputs, expected = _reference_run(reference, example_inputs, calls, training=training)
     except InputError:
         if training:
             return found
         raise
-    actual = _run(checked, example_inputs, training=training)
+    actual = _run(checked, inputs, training=training)
     lost = [layer for layer, count in calls.items() if count]
     if lost:
         with _naming(lost[0]):
@@ -128,6 +128,17 @@ def _differences(
     what += " in train()" * training
     check_equal(expected, actual, what, "leave it as it is and report the model")
     return found
+
+
+def _reference_run(
+    reference: nn.Module, example_inputs: ExampleInputs, calls: Counter[LayerPlan], *, training: bool
+) -> tuple[ExampleInputs, Any]:
+    """Inputs that tell something, or else the example, and what the reference makes of them."""
+    drawn = telling(example_inputs)
+    with suppress(InputError):
+        return drawn, run(reference, drawn, training=training)
+    calls.clear()
+    return example_inputs, run(reference, example_inputs, training=training)
 
 
 def _run(compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool) -> Any:
@@ -170,23 +181,31 @@ def _watch(
     *,
     training: bool,
 ) -> None:
-    """Compare each output of the form with that of the folded convolution, and replace it."""
-    waiting: list[tuple[Tensor, Tensor]] = []
+    """Compare each output of the form with that of the folded convolution, and replace it.
 
-    def expect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input = args[0] if args else kwargs["input"]
+    Of an input that tells nothing, the form gets another in its place.
+    """
+    waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def expect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["input"]
+        input = cast(Tensor, telling(given))
         if check is not None:
             with _naming(form.plan):
                 check(input)
-        with torch.random.fork_rng(), in_mode(folded, training):  # the form draws the same numbers
-            waiting.append((input, folded.forward(input)))
+        with in_mode(folded, training):
+            with torch.random.fork_rng():  # the form draws the same numbers
+                expected = folded.forward(input)
+            with torch.random.fork_rng():
+                waiting.append((input, expected, expected if input is given else folded.forward(given)))
+        return (input,), {}
 
     def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        input, expected = waiting.pop()
+        input, expected, handed = waiting.pop()
         what, remedy = f"{form.plan} against its fold", "leave it out of layers="
         with _naming(form.plan):
             found.append(check_equal(expected, output, what, remedy, lambda: _size_of_terms(folded, input)))
-        return expected
+        return handed
 
     first, last = form.ends
     first.register_forward_pre_hook(expect, with_kwargs=True)

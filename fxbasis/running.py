@@ -147,6 +147,10 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         InputError: when the model fails on the inputs; the model's own message is kept.
     """
     args, kwargs = as_arguments(cloned(example_inputs))
+    if any(tensor.ndim >= 3 and tensor.numel() == 0 for tensor in tensors_of((args, kwargs))):
+        raise InputError(
+            f"an example input is empty ({describe(example_inputs)}); pass a batch of at least one sample"
+        )
     try:
         with uncompiled():
             return model(*args, **kwargs)
@@ -158,6 +162,32 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
             f"{type(error).__name__}: {error}; "
             "pass inputs of the shape, dtype and device that the model takes"
         ) from error
+
+
+def telling(example_inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs with random values, in [0, 1), where an image or feature map has one value, NaN or Inf.
+
+    Of zeros everything that is linear makes zeros, right or wrong.
+
+    >>> float(telling(torch.zeros(1, 3, 8, 8)).std()) > 0.1
+    True
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim < 3 or not tensor.is_floating_point() or tensor.numel() < 2 or _tells(tensor):
+            return tensor
+        return torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor)
+
+    found: ExampleInputs = map_tensors(drawn, example_inputs)
+    return found
+
+
+def _tells(tensor: torch.Tensor) -> bool:
+    if tensor.is_meta:
+        return True
+    low, high = tensor.detach().aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high) & (low < high))
 
 
 def with_batch(example_inputs: ExampleInputs, batch: int) -> ExampleInputs:

@@ -2,12 +2,14 @@
 
 The example inputs in eval(), then another batch size and another image size in eval() and in train(): of
 these, what the original accepts, and the example in train() where it accepts no other. One sample more, and
-images of other, unequal sides, at once where the model takes that, otherwise one after the other. Of several
-arguments, each but the first in turn as None, and a flag the other way, in eval(): a graph has no ``is``.
+images of other, unequal sides, at once where the model takes that, otherwise one after the other. An example
+of zeros, NaN or Inf, which tells nothing, gets random values. Of several arguments, each but the first in
+turn as None, and a flag the other way, in eval(): a graph has no ``is``.
 """
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import FxBasisError, InputError
 from ..nests import map_tensors, tensors_of
-from ..running import ExampleInputs, as_arguments, batch_size, run, with_batch
+from ..running import ExampleInputs, as_arguments, batch_size, run, telling, with_batch
 from ..snapshots import Snapshot, buffer_values
 
 __all__ = ["run_trials"]
@@ -39,15 +41,30 @@ def run_trials(
         InputError: when the model fails on the example inputs in eval().
     """
     found: dict[str, Any] = {"the example in eval()": _attempt(model, example_inputs, training=False)}
-    together, apart = (("", []), []) if example_only else _variants(example_inputs)
-    found |= _first_accepted(model, *together)
-    for what, alternatives in apart if len(found) == 1 else ():
-        found |= _first_accepted(model, what, alternatives)
+    if not example_only:
+        found |= _on_variants(model, example_inputs)
     for what, inputs in () if example_only else _other_arguments(example_inputs):
         found[what] = _accepted(model, inputs, training=False)
     if not any("train()" in what for what in found):  # the cheapest run in train() is enough
         found["the example in train()"] = _accepted(model, example_inputs, training=True)
     return {what: outcome for what, outcome in found.items() if outcome is not None}
+
+
+def _on_variants(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:
+    """The runs on another batch and image size, and on random values where the example tells nothing."""
+    drawn = telling(example)
+    found = _on_sizes(model, drawn)
+    if found or all(map(operator.is_, tensors_of(drawn), tensors_of(example))):
+        return found
+    return _first_accepted(model, "random values", [drawn]) or _on_sizes(model, example)
+
+
+def _on_sizes(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:
+    together, apart = _variants(example)
+    found = _first_accepted(model, *together)
+    for what, alternatives in () if found else apart:
+        found |= _first_accepted(model, what, alternatives)
+    return found
 
 
 def _other_arguments(example_inputs: ExampleInputs) -> Iterator[tuple[str, ExampleInputs]]:

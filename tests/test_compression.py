@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import fxbasis
+from fxbasis import InputError, VerificationError, compress, number_convs, profile, trace
 from fxbasis.comparing import difference
 from fxbasis.running import run
 
@@ -168,3 +171,31 @@ def test_a_layer_whose_terms_cancel_is_proven_by_their_size() -> None:
     small = fxbasis.compress(conv, cancelling, layers=1, size=1.0, form="input")
     assert difference(conv(cancelling), small(cancelling)).relative > 1e-5, "the terms are far larger"
     assert difference(conv(aligned), small(aligned)).relative < 1e-6
+
+
+class Doubles(nn.Conv2d):
+    """Convolves twice its input where it has a bias: its basis, without one, would not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input if self.bias is None else 2 * input)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, math.nan, math.inf])
+def test_an_example_that_tells_nothing_proves_nothing(value: float) -> None:
+    model = nn.Sequential(Doubles(3, 8, 3), nn.ReLU()).eval()
+    with pytest.raises(VerificationError, match=r"conv 1 \(0\).*against its fold: outputs differ"):
+        compress(model, torch.full((2, 3, 8, 8), value), layers=[1], size=1.0)
+
+
+def test_features_that_are_zero_prove_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Doubles(4, 8, 3)).eval()
+    nn.init.constant_(model[0].bias, -100.0)
+    with pytest.raises(VerificationError, match=r"conv 2 \(2\).*against its fold: outputs differ"):
+        compress(model, torch.rand(2, 3, 8, 8), layers=[2], size=1.0)
+
+
+@pytest.mark.parametrize("verb", [compress, trace, number_convs, profile])
+def test_an_empty_batch_is_refused(verb: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    with pytest.raises(InputError, match=r"\(0, 3, 8, 8\) float32 cpu.*batch of at least one sample"):
+        verb(model, torch.zeros(0, 3, 8, 8))

@@ -239,7 +239,7 @@ def test_copy_model_shares_nothing_or_its_parameters() -> None:
 
 
 def test_copy_model_refuses_what_is_no_module() -> None:
-    with pytest.raises(TraceError, match=r"the model is a dict; pass a torch.nn.Module"):
+    with pytest.raises(TraceError, match=r"the model is a dict; pass an nn.Module"):
         copy_model({"weight": torch.ones(1)})
 
 

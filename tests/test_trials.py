@@ -56,8 +56,14 @@ def test_a_larger_size_where_the_small_one_is_refused() -> None:
 
 def test_fixed_shapes_leave_the_example_in_both_modes() -> None:
     model = Watched(lambda shape, training: shape == (2, 3, 8, 8))
-    found = run_trials(model, torch.zeros(2, 3, 8, 8))
+    found = run_trials(model, torch.rand(2, 3, 8, 8))
     assert list(found) == ["the example in eval()", "the example in train()"]
+    found = run_trials(model, torch.zeros(2, 3, 8, 8))
+    assert list(found) == [
+        "the example in eval()",
+        "random values in eval()",
+        "random values in train()",
+    ]
 
 
 def test_no_train_where_the_model_refuses_it() -> None:
