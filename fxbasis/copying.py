@@ -101,6 +101,8 @@ def _copied(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
             vars(made).update(copy.deepcopy(vars(parameter), memo))
         for hook in (parameter._backward_hooks or {}).values():
             made.register_hook(hook)  # type: ignore[no-untyped-call]
+        for after in (parameter._post_accumulate_grad_hooks or {}).values():
+            made.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -180,7 +180,7 @@ def _obstacle(layer: nn.Conv2d | BasisConv2d, effective_weights: bool) -> tuple[
     taken = sorted(RESERVED & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules})
     if taken:
         return f"its attribute {taken[0]} has another meaning in a form", False
-    if any(part is not None and part._backward_hooks for part in layer._parameters.values()):
+    if any(part is not None and _has_gradient_hooks(part) for part in layer._parameters.values()):
         return "its weight or bias has hooks of its gradient", False
     made = any(name == "weight" for _, name in weight_hooks(layer).values())
     if "weight" not in layer._parameters and not parametrize.is_parametrized(layer, "weight") and not made:
@@ -196,6 +196,10 @@ def _obstacle(layer: nn.Conv2d | BasisConv2d, effective_weights: bool) -> tuple[
         what = f"its class {type(layer).__name__} convolves with another weight than the stored one"
         return f"{what}; effective_weights=True compresses that", True
     return _obstacle_of_kernel(kernel.conv), kernel.effective
+
+
+def _has_gradient_hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _obstacle_of_kernel(conv: nn.Conv2d) -> str:

@@ -329,6 +329,16 @@ class GradientHook(Base):
         self.conv.weight.register_hook(lambda gradient: gradient * 0)
 
 
+def _zero_gradient(parameter: Tensor) -> None:
+    parameter.grad.zero_()
+
+
+@left_alone("its weight or bias has hooks of its gradient")
+class AccumulatedGradientHook(Base):
+    def prepare(self) -> None:
+        self.conv.bias.register_post_accumulate_grad_hook(_zero_gradient)
+
+
 @left_alone("its parameter is also linear.weight")
 class TwoParametersOneMemory(Base):
     def prepare(self) -> None:

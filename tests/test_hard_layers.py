@@ -92,6 +92,9 @@ def test_views_and_hooks_of_parameters_live_on_in_a_copy() -> None:
     hooked = trace(made("GradientHook"), X)
     hooked(X).sum().backward()
     assert not hooked.conv.weight.grad.any()
+    after = trace(made("AccumulatedGradientHook"), X)
+    after(X).sum().backward()
+    assert not after.conv.bias.grad.any()
     tied = trace(made("TwoParametersOneMemory"), X)
     assert tied.conv.weight.data_ptr() == tied.linear.weight.data_ptr()
 
