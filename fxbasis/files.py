@@ -22,12 +22,24 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_through(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``."""
+    with replacing(path) as temporary:
+        write(temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, renamed to ``path`` at the end if nothing failed.
+
+    Raises:
+        UsageError: when the folder is missing, not writable, or the disk is full.
+    """
     temporary: Path | None = None
+    check_target(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        write(temporary)
+        yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:

@@ -1,8 +1,8 @@
 """``save`` and ``load``: a folder with ``plan.json`` and ``model.safetensors``, and no pickle in it.
 
 The plan rebuilds the structure, the safetensors file holds the weights. ``plan.json`` keeps the SHA-256
-of the weights, so that a truncated, altered or mixed-up pair is refused. Each file is written whole or not
-at all, the plan last.
+of the weights, so that a truncated, altered or mixed-up pair is refused. Both are written whole under other
+names, then renamed, the plan last.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.utils import _pair
 
+from .arguments import as_path
 from .compression import plan_of
 from .copying import copy_model
 from .errors import PlanError
-from .files import made_folder, write_whole
+from .files import made_folder, replacing
 from .passes.numbering import conv_layers
 from .passes.rewriting import check_plan, rewrite
 from .passes.tracing import parts_of, retrace
@@ -46,15 +47,16 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     >>> bool((again(torch.ones(1, 3, 8, 8)) == small(torch.ones(1, 3, 8, 8))).all())
     True
     """
-    plan = plan_of(model)
-    with made_folder(Path(folder)) as folder:
-        save_state(model, folder / WEIGHTS_FILE)
-        content = plan.to_dict() | {
-            "graphs": {part.name: list(part.given) for part in parts_of(model) if part.graph},
-            "options": _options(model),
-            "weights_sha256": _sha256(folder / WEIGHTS_FILE),
-        }
-        write_whole(folder / PLAN_FILE, json.dumps(content, indent=1).encode())
+    graphs = {part.name: list(part.given) for part in parts_of(model) if part.graph}
+    content = plan_of(model).to_dict() | {"graphs": graphs, "options": _options(model)}
+    with (
+        made_folder(as_path(folder)) as folder,
+        replacing(folder / PLAN_FILE) as plan,
+        replacing(folder / WEIGHTS_FILE) as weights,
+    ):
+        save_state(model, weights)
+        content["weights_sha256"] = _sha256(weights)
+        plan.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return folder
 
 

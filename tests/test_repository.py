@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     0: [
         "errors",
+        "arguments",
         "tables",
         "progress",
         "files",
