@@ -18,16 +18,18 @@ __all__ = ["batches_of", "checked", "inputs_of"]
 
 
 def batches_of(calibration: Iterable[Any]) -> Iterator[ExampleInputs]:
-    """What a model is given of each batch, checked.
+    """What a model is given of each batch, checked; what is drawn for a batch is the same at each pass.
 
     Raises:
         InputError: naming the batch that cannot be read, is empty or gives no inputs; and as ``checked``.
     """
-    batches, number = iter(checked(calibration)), 0
+    with seeded():
+        batches, number = iter(checked(calibration)), 0
     while True:
         number += 1
         try:
-            batch = next(batches)
+            with seeded(number):
+                batch = next(batches)
         except StopIteration:
             return
         except Exception as error:

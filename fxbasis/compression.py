@@ -200,8 +200,8 @@ def _planned(
     evaluate: Callable[[nn.Module], float] | None,
     threads: int,
 ) -> Plan:
-    estimator = estimator_for(None, subject.batches or None, evaluate)
     how = {"evaluate": evaluate, "path": None, "executor": None, "minutes": None}
+    estimator = estimator_for(None, subject.batches or None, how)
     return plan_for(subject, asked, layers, forms, estimator, multiple, "sum", threads, how)
 
 

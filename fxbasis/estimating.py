@@ -154,7 +154,7 @@ def by_running(
     fitted: Mapping[str, Sequence[Fitted]],
     *,
     evaluate: Score | None,
-    path: Path | None,
+    path: str | Path | None,
     executor: Executor | None,
     minutes: float | None,
 ) -> dict[str, list[Estimate | None]]:
@@ -168,8 +168,9 @@ def by_running(
     points |= {
         _key(one.layer): _point(subject, one, weights) for found in fitted.values() for one, weights in found
     }
+    kept = None if path is None else Path(path)
     context = subject.digest("measured" if evaluate is None else _identity(evaluate))
-    results = sweep(points, compute, path=path, context=context, executor=executor, minutes=minutes)
+    results = sweep(points, compute, path=kept, context=context, executor=executor, minutes=minutes)
     rows = _estimates(results)
     return {name: [rows.get(_key(one.layer)) for one, _ in found] for name, found in fitted.items()}
 

@@ -83,13 +83,13 @@ def plan(
 
     Raises:
         PlanError: for a budget that cannot be met, with the least that can.
-        SelectionError: without a budget, or with a budget and ``max_drop``.
+        SelectionError: without a budget, or with a budget and ``max_drop``; and as ``sensitivities``.
         InputError: as ``sensitivities``.
     """
     asked = asked_for(macs=macs, params=params, latency=latency, max_drop=max_drop)
+    how = {"evaluate": evaluate, "path": path, "executor": executor, "minutes": minutes}
+    name = estimator_for(estimator, calibration, how)
     subject = subject_of(model, example_inputs, calibration, statistics)
-    how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
-    name = estimator_for(estimator, calibration, evaluate)
     return plan_for(subject, asked, layers, forms, name, multiple, combine, threads, how)
 
 
@@ -226,12 +226,12 @@ def pareto(
     (1.0, 0.0, 2)
 
     Raises:
-        SelectionError: for a cost other than macs and params.
+        SelectionError: for a cost other than macs and params; and as ``sensitivities``.
         InputError: as ``sensitivities``.
     """
     if cost not in ("macs", "params"):
         raise SelectionError(f"cost={cost!r} has no front; choose macs or params")
+    how = {"evaluate": evaluate, "path": path, "executor": executor, "minutes": minutes}
+    name = estimator_for(estimator, calibration, how)
     subject = subject_of(model, example_inputs, calibration, statistics)
-    how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
-    name = estimator_for(estimator, calibration, evaluate)
     return _front(subject, cost, layers, forms, name, multiple, how)

@@ -26,10 +26,11 @@ from typing import Any, overload
 
 from torch import nn
 
+from .arguments import as_path
 from .candidates import Candidate
 from .errors import InputError, SelectionError
 from .estimating import Estimate, Fitted, by_fisher, by_running, by_statistics
-from .files import write_whole
+from .files import check_target, write_whole
 from .passes.rewriting import check_weight
 from .passes.selection import Layers, matches
 from .passes.settings import check_multiple
@@ -54,6 +55,8 @@ __all__ = [
 ESTIMATORS = ("fisher", "kfac", "output", "weight", "measured", "evaluate")
 CHANGES = ("fisher", "measured")
 """The estimators of the change of the model's outputs, which not all outputs have."""
+RUN = ("measured", "evaluate")
+"""The estimators that build a model for each point, and keep the points in a file."""
 _UNITS = {
     "output": "of the output's squares",
     "weight": "of the weight's squares",
@@ -219,20 +222,35 @@ def sensitivities(
 
     Raises:
         InputError: for data that an estimator needs and does not get.
-        SelectionError: for an unknown estimator or form, or layers that do not exist.
+        SelectionError: for an unknown estimator or form, layers that do not exist, or what the estimator
+            does not use of ``path``, ``executor`` and ``minutes``.
         LayerError: for a weight that is not finite.
     """
-    name = estimator_for(estimator, calibration, evaluate)
+    how = {"evaluate": evaluate, "path": path, "executor": executor, "minutes": minutes}
+    name = estimator_for(estimator, calibration, how)
     subject = subject_of(model, example_inputs, calibration, statistics)
     if name in CHANGES:
         subject.check_comparable()
     fitted, ruled_out = fitted_for(subject, forms, multiple, layers)
-    how = {"evaluate": evaluate, "path": path and Path(path), "executor": executor, "minutes": minutes}
     return estimated(subject, fitted, ruled_out, name, **how)
 
 
-def estimator_for(estimator: str | None, calibration: Any, evaluate: Any) -> str:
-    """The estimator that is meant, when it has what it needs."""
+def estimator_for(estimator: str | None, calibration: Any, how: Mapping[str, Any]) -> str:
+    """The estimator that is meant, when it has what it needs, and needs what it has."""
+    name = _estimator(estimator, calibration, how["evaluate"])
+    told = {"path": "path= (--jsonl)", "executor": "executor=", "minutes": "minutes="}
+    given = [text for what, text in told.items() if how[what] is not None]
+    if given and name not in RUN:
+        raise SelectionError(
+            f"{given[0]} is for the estimators {' and '.join(RUN)}, this one is {name}; "
+            "leave it out, or choose one of them"
+        )
+    if how["path"] is not None:
+        check_target(as_path(how["path"]))
+    return name
+
+
+def _estimator(estimator: str | None, calibration: Any, evaluate: Any) -> str:
     if estimator is None:
         return "evaluate" if evaluate is not None else "weight" if calibration is None else "fisher"
     if estimator not in ESTIMATORS:
@@ -288,7 +306,7 @@ def estimated(
     found: Mapping[str, Sequence[Estimate | None]]
     if estimator == "fisher":
         found = by_fisher(subject, fitted)
-    elif estimator in ("measured", "evaluate"):
+    elif estimator in RUN:
         found = by_running(subject, fitted, **how)
     else:
         found = {name: by_statistics(subject, name, rows, estimator) for name, rows in fitted.items()}

@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fxbasis import (
     FxBasisError,
     InputError,
     PlanError,
     SelectionError,
+    UsageError,
     compress,
     pareto,
     plan,
@@ -24,6 +26,7 @@ from fxbasis import (
     recalibrate_batchnorm_,
     sensitivities,
 )
+from fxbasis.calibration_data import batches_of
 from fxbasis.images import Preparation, images_in
 
 BATCHES = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
@@ -85,6 +88,37 @@ ARGUMENTS = [
 def test_arguments_that_mean_nothing_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(FxBasisError, match=message):
         plan(net(), X, **{"macs": 0.7, "calibration": BATCHES, **GAUGE, **wrong})
+
+
+@pytest.mark.parametrize("verb", [sensitivities, pareto])
+@pytest.mark.parametrize(
+    ("given", "name"), [({}, "weight"), ({"calibration": BATCHES}, "fisher")], ids=["weight", "fisher"]
+)
+@pytest.mark.parametrize("what", [{"path": "points.jsonl"}, {"minutes": 1}, {"executor": "pool"}], ids=str)
+def test_what_an_estimator_does_not_use_is_refused(
+    verb: Callable[..., Any], given: dict[str, Any], name: str, what: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        SelectionError,
+        match=rf"{next(iter(what))}=.* is for the estimators measured and evaluate, this one is {name}; ",
+    ):
+        verb(net(), X, **given, **what, **GAUGE)
+
+
+@pytest.mark.parametrize(("path", "message"), [("none/points", "none is no folder"), (5, "5 is no path")])
+def test_a_file_of_points_that_cannot_be_written_is_refused_before_the_work(path: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sensitivities(net(), X, evaluate=lambda model: pytest.fail("it ran"), path=path, **GAUGE)
+
+
+def test_data_that_are_drawn_leave_the_random_state_and_are_the_same_each_time() -> None:
+    data = DataLoader(TensorDataset(torch.cat(BATCHES)), 3, shuffle=True)
+    state = torch.get_rng_state()
+    seen = [torch.cat(list(batches_of(data))) for _ in range(2)]  # type: ignore[arg-type]
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(*seen)
+    assert not torch.equal(seen[0], torch.cat(BATCHES))
+    assert torch.equal(seen[0].flatten().sort().values, torch.cat(BATCHES).flatten().sort().values)
 
 
 @pytest.mark.parametrize("minutes", ["4", float("nan"), -1])
