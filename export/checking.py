@@ -131,7 +131,7 @@ def named_tensors(nest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 def check_threads(threads: Any) -> None:
     """Refuse a number of threads that is none, and warn of more than there are processors."""
-    if not isinstance(threads, int) or threads < 1:
+    if type(threads) is not int or threads < 1:  # True is an int
         raise ExportError(f"threads={threads!r} cannot be measured; pass a whole number of at least 1")
     processors = os.cpu_count() or 1
     if threads > MOST_THREADS:

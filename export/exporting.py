@@ -15,10 +15,12 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..arguments import as_path, check_flags
 from ..comparing import Difference
 from ..errors import ExportError, FxBasisError, FxBasisWarning, InputError, VerificationError
 from ..nests import tensors_of
@@ -37,6 +39,9 @@ from .exporters import EXPORTERS, ONNX_TOLERANCE, Exporter, Job, quiet
 from .lowering import with_measured_lowerings
 
 __all__ = ["ONNX_TOLERANCE", "OnnxFile", "export_onnx"]
+
+OLDEST_OPSET = 7
+"""The oldest ONNX operator set that PyTorch writes and ONNX Runtime reads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +106,8 @@ def export_onnx(
     ('dynamo', (1, 3), True)
     """
     target = _target(path)
+    check_flags(dynamic_batch=dynamic_batch)
+    _check_opset(opset)
     job = _prepare(model, example_inputs, dynamic_batch, opset)
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
@@ -123,12 +130,22 @@ def export_onnx(
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
+    target = as_path(path, ExportError)
     if target.is_dir():
         raise ExportError(f"{target} is a folder; give a file name, such as {target / 'model.onnx'}")
     if not target.parent.is_dir():
         raise ExportError(f"cannot write {target}: {target.parent} is not a folder; make that folder first")
     return target
+
+
+def _check_opset(opset: Any) -> None:
+    from onnx.defs import onnx_opset_version
+
+    newest = onnx_opset_version()
+    if opset is not None and (type(opset) is not int or not OLDEST_OPSET <= opset <= newest):
+        raise ExportError(
+            f"opset={opset!r} cannot be written; pass a whole number from {OLDEST_OPSET} to {newest}, or None"
+        )
 
 
 def _prepare(model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: bool, opset: int | None) -> Job:

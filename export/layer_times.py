@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ..arguments import as_path
 from ..errors import InputError, SelectionError
 from ..passes.ranking import cost_ratio, groups_of, is_whole, ranks_by_cost
 from ..passes.records import ConvRecord
@@ -145,7 +146,7 @@ def measure_layer(
     >>> times.dense_ms > 0, times.ratio("output", 8) > 0, len(times.rows)
     (True, True, 4)
     """
-    check_threads(threads)
+    _check_record(record, threads, cache)
     chosen: list[tuple[str, Ranks]] = []
     for form in [name for name in FORMS if name != "weight"] if forms is None else forms:
         _check_form(record, form)
@@ -181,7 +182,7 @@ def time_ratio(
     >>> time_ratio(record, "tucker2", (8, 8), cache=False) > 0
     True
     """
-    check_threads(threads)
+    _check_record(record, threads, cache)
     if form != DENSE:
         _check_form(record, form)
         ranks = _checked(record, form, ranks)
@@ -198,8 +199,18 @@ def layer_ms(record: ConvRecord, form: str, ranks: Ranks, threads: int = 1) -> f
     return dense * time_ratio(record, form, ranks, threads)
 
 
-def _check_form(record: ConvRecord, form: str) -> None:
-    if form not in FORMS:
+def _check_record(record: Any, threads: int, cache: Cache) -> None:
+    if not isinstance(record, ConvRecord):
+        raise InputError(
+            f"the record is a {type(record).__name__}; pass one of number_convs(model, example_inputs)"
+        )
+    check_threads(threads)
+    if not isinstance(cache, bool):
+        as_path(cache)
+
+
+def _check_form(record: ConvRecord, form: Any) -> None:
+    if not isinstance(form, str) or form not in FORMS:
         raise SelectionError(f"{record}: form={form!r} is not known; choose one of {', '.join(FORMS)}")
 
 

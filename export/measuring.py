@@ -161,7 +161,7 @@ def _measured(
 
 
 def _check_settings(runs: int, threads: int, runtime: str) -> None:
-    if not isinstance(runs, int) or runs < 1:
+    if type(runs) is not int or runs < 1:  # True is an int
         raise ExportError(f"runs={runs!r} cannot be measured; pass a whole number of at least 1")
     check_threads(threads)
     if runtime not in RUNTIMES:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from ..arguments import as_path
 from ..errors import ExportError, InputError
 from ..nests import tensors_of
 from ..running import ExampleInputs, as_arguments, describe, run, seeded
@@ -50,7 +51,7 @@ def runner_of(
         return _session_runner(path, inputs, threads, entry)
     if not isinstance(entry, (str, os.PathLike)):
         raise ExportError(f"a {type(entry).__name__} cannot be measured; pass a module or an .onnx path")
-    path = Path(entry)
+    path = as_path(entry, ExportError)
     if runtime == "eager":
         raise ExportError(f"{path} cannot run in eager PyTorch; pass the module, or runtime='onnxruntime'")
     if not path.is_file():

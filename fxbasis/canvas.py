@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from .arguments import as_path
 from .errors import MissingExtraError
 from .files import check_target, write_whole
 
@@ -41,7 +42,7 @@ def check_picture(path: str | Path) -> Path:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f'pictures need matplotlib ({error}): pip install "fxbasis[plot]"') from error
-    path = Path(path)
+    path = as_path(path)
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path
     for suffix in (".png", ".svg"):
         check_target(stem.with_name(stem.name + suffix))

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from .arguments import check_flags
 from .calibrating import fit_to_data_
 from .choices import asked_for
 from .compositions import ReducedComposition
@@ -134,6 +135,8 @@ def compress(
         raise InputError(
             "compress needs example_inputs to prove its result; pass one batch that the model takes"
         )
+    check_flags(evbmf=evbmf, fixed_basis=fixed_basis, effective_weights=effective_weights)
+    check_flags(keep_if_slower=keep_if_slower)
     limits = {"macs": macs, "params": params, "latency": latency, "max_drop": max_drop}
     rules = {"macs_ratio": macs_ratio, "params_ratio": params_ratio, "energy": energy, "evbmf": evbmf or None}
     form_of = {"form": form, "method": method, "fixed_basis": fixed_basis, "beta": beta}

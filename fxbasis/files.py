@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .arguments import as_path
 from .errors import FxBasisError, UsageError
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: str | Path, content: bytes) -> None:
     """Write ``content`` to ``path``, or leave what is there untouched.
 
     Raises:
@@ -20,21 +21,20 @@ def write_whole(path: Path, content: bytes) -> None:
     write_through(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_through(path: Path, write: Callable[[Path], object]) -> None:
+def write_through(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``."""
     with replacing(path) as temporary:
         write(temporary)
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file beside ``path``, renamed to ``path`` at the end if nothing failed.
 
     Raises:
         UsageError: when the folder is missing, not writable, or the disk is full.
     """
-    temporary: Path | None = None
-    check_target(path)
+    path, temporary = check_target(path), None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -50,12 +50,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def made_folder(folder: Path) -> Iterator[Path]:
+def made_folder(folder: str | Path) -> Iterator[Path]:
     """The folder, made if it does not exist, and gone again when what follows fails and leaves it empty.
 
     Raises:
         UsageError: when it cannot be made, or is a file.
     """
+    folder = as_path(folder)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,12 +71,13 @@ def made_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def check_target(path: Path) -> Path:
+def check_target(path: str | Path) -> Path:
     """The path of a file to write, refused before the work begins when it has no folder or is one.
 
     Raises:
         UsageError: naming the path.
     """
+    path = as_path(path)
     if path.is_dir():
         raise cannot_write(path, IsADirectoryError("it is a folder"))
     if not path.parent.is_dir():
@@ -83,12 +85,13 @@ def check_target(path: Path) -> Path:
     return path
 
 
-def check_folder(path: Path) -> Path:
+def check_folder(path: str | Path) -> Path:
     """The path of a folder to write, refused before the work begins when it cannot be one.
 
     Raises:
         UsageError: naming the path.
     """
+    path = as_path(path)
     above = next((part for part in (path, *path.parents) if part.exists()), Path())
     if not above.is_dir():
         raise UsageError(f"cannot write {path}: {above} is a file; give the name of a folder")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import as_path
 from .errors import UsageError
 from .models import transform_of
 from .progress import progress
@@ -135,7 +136,7 @@ def images_in(
 
     if size[0] not in (1, 3):
         raise UsageError(f"images have 1 or 3 channels, and --input has {size[0]}; pass batches in Python")
-    path = Path(folder)
+    path = as_path(folder)
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
     if not files:
         raise UsageError(f"{folder} holds no images ({', '.join(ENDINGS)}); name a folder of images")

@@ -29,7 +29,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Weights, seed and example input of a model."""
-    parser.add_argument("--weights", metavar="FILE", help="state_dict to load: safetensors or torch.save")
+    parser.add_argument(
+        "--weights", type=path_text, metavar="FILE", help="state_dict to load: safetensors or torch.save"
+    )
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
@@ -53,6 +55,7 @@ def add_compressed(parser: argparse.ArgumentParser, *, required: bool = False) -
     """The folder of a compressed model."""
     parser.add_argument(
         "--compressed",
+        type=path_text,
         metavar="DIR",
         required=required,
         help="a folder that `fxbasis compress` wrote for MODEL; use its compressed model",
@@ -68,7 +71,9 @@ def add_timing(parser: argparse.ArgumentParser) -> None:
 def add_compress(parser: argparse.ArgumentParser) -> None:
     """Everything that `fxbasis compress` takes."""
     add_model(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for models, tables and report")
+    parser.add_argument(
+        "--out", type=path_text, required=True, metavar="DIR", help="folder for models, tables and report"
+    )
     parser.add_argument(
         "--layers",
         help='numbers, ranges and names with commas ("2-5,10"), or "re:PATTERN": rewritten even where that '
@@ -98,7 +103,9 @@ def add_compress(parser: argparse.ArgumentParser) -> None:
     )
     add_budget(parser)
     add_calibration(parser)
-    parser.add_argument("--plan", metavar="FILE", help="a plan.json that decides instead of those above")
+    parser.add_argument(
+        "--plan", type=path_text, metavar="FILE", help="a plan.json that decides instead of those above"
+    )
     add_keep_if_slower(parser)
     add_timing(parser)
 
@@ -155,12 +162,14 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Unlabelled images."""
     parser.add_argument(
         "--calibration",
+        type=path_text,
         metavar="FOLDER",
         help="images without labels, in any subfolders; prepared as torchvision or timm states for MODEL, or "
         "by what is called transform beside CALLABLE (of a PIL image, to a tensor)",
     )
     parser.add_argument(
         "--statistics",
+        type=path_text,
         metavar="FILE",
         help="keeps the sums of the calibration pass; read again by the next command on model and images",
     )
@@ -197,6 +206,13 @@ def planning(options: argparse.Namespace) -> dict[str, Any]:
     if options.evaluate:
         found["evaluate"] = load_function(options.evaluate)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def path_text(text: str) -> str:
+    """The name of a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text is no path")
+    return text
 
 
 def count(text: str) -> int:

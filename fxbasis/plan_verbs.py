@@ -16,6 +16,7 @@ from .options import (
     count,
     load_calibration,
     load_chosen,
+    path_text,
     planning,
 )
 
@@ -31,9 +32,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--estimator",
         help="how the change is found: fisher (default), kfac, output, weight, measured or evaluate",
     )
-    parser.add_argument("--jsonl", metavar="FILE", help="keeps measured points as they come; resumes from it")
+    parser.add_argument(
+        "--jsonl", type=path_text, metavar="FILE", help="keeps measured points as they come; resumes from it"
+    )
     parser.add_argument("--minutes", type=float, help="of measured and evaluate, after which none is started")
-    parser.add_argument("--picture", metavar="FILE", help="also draw it, as FILE.png and FILE.svg")
+    parser.add_argument(
+        "--picture", type=path_text, metavar="FILE", help="also draw it, as FILE.png and FILE.svg"
+    )
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def _add_sensitivities(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     parser.add_argument("--forms", help="forms that are tried, with commas (default: all, by a first look)")
     parser.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="a score of a model, higher is better")
-    parser.add_argument("--csv", metavar="FILE", help="also write the table as CSV")
+    parser.add_argument("--csv", type=path_text, metavar="FILE", help="also write the table as CSV")
 
 
 def _sensitivities(options: argparse.Namespace) -> Result:
@@ -67,7 +72,7 @@ def _sensitivities(options: argparse.Namespace) -> Result:
     from .sensitivities import sensitivities
 
     if options.csv:
-        check_target(Path(options.csv))
+        check_target(options.csv)
     picture = _picture(options)
     model, example, calibration = _loaded(options)
     table = sensitivities(model, example, calibration=calibration, **_common(options))
@@ -85,7 +90,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     add_budget(parser)
     add_keep_if_slower(parser)
     parser.add_argument("--threads", type=count, default=1, help="of the runs that are timed (default 1)")
-    parser.add_argument("--out", required=True, metavar="FILE.json", help="the plan, for compress --plan")
+    parser.add_argument(
+        "--out", type=path_text, required=True, metavar="FILE.json", help="the plan, for compress --plan"
+    )
 
 
 def _plan(options: argparse.Namespace) -> Result:
@@ -93,7 +100,7 @@ def _plan(options: argparse.Namespace) -> Result:
     from .files import check_target
     from .planning import pareto
 
-    path, picture, how = check_target(Path(options.out)), _picture(options), _common(options)
+    path, picture, how = check_target(options.out), _picture(options), _common(options)
     asked = asked_for(**{name: how.pop(name, None) for name in LIMITS})
     cost = "params" if list(asked) == ["params"] else "macs"
     asked |= {} if options.keep_if_slower else {"latency": asked.get("latency", 1.0)}

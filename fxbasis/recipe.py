@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .arguments import as_path
 from .costs import ConvShape
 from .errors import PlanError
 from .files import write_whole
@@ -135,7 +136,7 @@ class Plan:
 
     def to_json(self, path: str | Path) -> None:
         """Write the plan to a file, whole or not at all."""
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1).encode())
+        write_whole(path, json.dumps(self.to_dict(), indent=1).encode())
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the plan") -> Plan:
@@ -161,11 +162,13 @@ class Plan:
         Raises:
             PlanError: when the file is missing, truncated or damaged.
         """
-        return cls.from_dict(read_json(Path(path)), str(path))
+        return cls.from_dict(read_json(as_path(path, PlanError)), str(path))
 
 
 def _forecast(found: Any, source: str) -> Mapping[str, Any]:
     """What was expected, if it can be told beside what is measured."""
+    if not isinstance(found, dict):
+        raise PlanError(f"{source}: its forecast is damaged ({found!r:.80} is no dict); make the plan again")
     try:
         promised(found, {"macs": 1.0, "params": 1.0, "latency": 1.0})
     except (AttributeError, KeyError, TypeError, ValueError) as error:

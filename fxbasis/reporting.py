@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .arguments import as_path
 from .comparing import Difference, check_equal
 from .compression import plan_of
 from .errors import PlanError
@@ -58,7 +59,7 @@ def report(
         VerificationError, ExportError: when a check or an export fails; then nothing is written.
         UsageError: when the folder cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         with made_folder(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
             draft = Path(temporary)

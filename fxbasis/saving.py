@@ -50,7 +50,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     graphs = {part.name: list(part.given) for part in parts_of(model) if part.graph}
     content = plan_of(model).to_dict() | {"graphs": graphs, "options": _options(model)}
     with (
-        made_folder(as_path(folder)) as folder,
+        made_folder(folder) as folder,
         replacing(folder / PLAN_FILE) as plan,
         replacing(folder / WEIGHTS_FILE) as weights,
     ):
@@ -72,7 +72,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         PlanError: when a file is missing, truncated or altered, or belongs to another model.
     """
-    folder = Path(folder)
+    folder = as_path(folder, PlanError)
     content = read_json(folder / PLAN_FILE)
     plan = Plan.from_dict(content, str(folder / PLAN_FILE))
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))

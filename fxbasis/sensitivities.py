@@ -26,7 +26,6 @@ from typing import Any, overload
 
 from torch import nn
 
-from .arguments import as_path
 from .candidates import Candidate
 from .errors import InputError, SelectionError
 from .estimating import Estimate, Fitted, by_fisher, by_running, by_statistics
@@ -157,7 +156,7 @@ class Sensitivities(Sequence[Sensitivity]):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(Path(path), text.getvalue().encode())
+        write_whole(path, text.getvalue().encode())
 
 
 def _counted(ruled_out: Mapping[str, tuple[str, ...]]) -> str:
@@ -246,7 +245,7 @@ def estimator_for(estimator: str | None, calibration: Any, how: Mapping[str, Any
             "leave it out, or choose one of them"
         )
     if how["path"] is not None:
-        check_target(as_path(how["path"]))
+        check_target(how["path"])
     return name
 
 

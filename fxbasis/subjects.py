@@ -184,7 +184,7 @@ def subject_of(
         raise InputError(f"statistics={statistics!r} is no path; pass the name of a file")
     if statistics is not None and calibration is None:
         raise InputError("statistics= keeps the sums of calibration data; pass calibration= too")
-    kept = None if statistics is None else check_target(Path(statistics))
+    kept = None if statistics is None else check_target(statistics)
     traced = trace(model, example_inputs)
     for name, reason in (unfit or {}).items():
         vars(traced.get_submodule(name))[UNFIT] = reason

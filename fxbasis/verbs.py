@@ -23,6 +23,7 @@ from .options import (
     load_chosen,
     load_pair,
     number,
+    path_text,
     planning,
 )
 from .plan_verbs import PLAN_VERBS
@@ -33,12 +34,15 @@ __all__ = ["VERBS"]
 def _add_layers(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_compressed(parser)
-    parser.add_argument("--csv", metavar="FILE", help="also write the table as CSV")
+    parser.add_argument("--csv", type=path_text, metavar="FILE", help="also write the table as CSV")
 
 
 def _layers(options: argparse.Namespace) -> Result:
+    from .files import check_target
     from .passes.numbering import number_convs
 
+    if options.csv:
+        check_target(options.csv)
     model, small, example = load_pair(options)
     table = number_convs(small if small is not None else model, example)
     if options.csv:
@@ -64,7 +68,7 @@ def _compress(options: argparse.Namespace) -> Result:
     from .models import of_zoo, parse_input
     from .reporting import report
 
-    check_folder(Path(options.out))
+    check_folder(options.out)
     given = _asked(options)
     example = parse_input(options.input)
     model = load_chosen(options)
@@ -114,19 +118,25 @@ def _add_fold(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_compressed(parser, required=True)
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="safetensors file for the folded state_dict"
+        "--out",
+        type=path_text,
+        required=True,
+        metavar="FILE",
+        help="safetensors file for the folded state_dict",
     )
 
 
 def _fold(options: argparse.Namespace) -> Result:
+    from .files import check_target
     from .passes.folding import fold
     from .proving import rewrite_difference
     from .stored_state import save_state
 
+    path = check_target(options.out)
     _, small, example = load_pair(options)
     folded = fold(small)
     found = rewrite_difference(folded, small, example)
-    save_state(folded, Path(options.out))
+    save_state(folded, path)
     text = f"folded into {options.out}, with the original's keys; relative difference {found.relative:.2e}"
     return Result(text, {"file": options.out, "relative_difference": found.relative})
 
@@ -150,7 +160,9 @@ def _profile(options: argparse.Namespace) -> Result:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_compressed(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.onnx", help="the ONNX file to write")
+    parser.add_argument(
+        "--out", type=path_text, required=True, metavar="FILE.onnx", help="the ONNX file to write"
+    )
     parser.add_argument("--static-batch", action="store_true", help="keep the batch size of --input fixed")
 
 
@@ -158,7 +170,7 @@ def _export(options: argparse.Namespace) -> Result:
     from .export.exporting import export_onnx
     from .files import check_target
 
-    path = check_target(Path(options.out))
+    path = check_target(options.out)
     model, small, example = load_pair(options)
     target = small if small is not None else model
     file = export_onnx(target, example, path, dynamic_batch=not options.static_batch)
@@ -251,14 +263,16 @@ def _forms(options: argparse.Namespace) -> Result:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="fxbasis-demo", metavar="DIR", help="folder (default %(default)s)")
+    parser.add_argument(
+        "--out", type=path_text, default="fxbasis-demo", metavar="DIR", help="folder (default %(default)s)"
+    )
 
 
 def _demo(options: argparse.Namespace) -> Result:
     from .demo import run_demo
     from .files import check_folder
 
-    check_folder(Path(options.out))
+    check_folder(options.out)
     done = run_demo(options.out, say=(lambda _: None) if options.json else print)
     return Result(f"{done}\nwritten to {options.out}; read {options.out}/report.md", done.to_dict())
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parameter import is_lazy
 
+from .arguments import as_path, check_flags
 from .errors import FxBasisWarning, UsageError
 from .running import load_values
 
@@ -42,7 +43,8 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_pickle: bool = Fal
     Raises:
         UsageError: a file that is missing, damaged, without weights, needs pickle, or does not fit.
     """
-    path = Path(path)
+    check_flags(allow_pickle=allow_pickle)
+    path = as_path(path)
     state = _without_prefix(_weights_in(_read(path, allow_pickle), path), model, path)
     _check_fit(model, state, path)
     load_values(model, state)

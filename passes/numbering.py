@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
+from ..arguments import check_flags
 from ..copying import check_module, copy_to_run
 from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError
@@ -71,6 +72,7 @@ def number_convs(
     >>> [(record.index, record.name, record.output_size, record.macs) for record in table]
     [(1, '0', (6, 6), 7776), (2, '1', (6, 6), 2304)]
     """
+    check_flags(effective_weights=effective_weights)
     refuse_lazy(model)
     layers = conv_layers(model)
     seen = Seen({}, (), {}) if example_inputs is None else _seen(model, example_inputs)

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..arguments import check_flags
 from ..copying import copy_model, copy_to_run
 from ..costs import dense_macs, dense_params
 from ..forms import BasisConv2d
@@ -56,6 +57,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     >>> profile(net, example, training=True).counted  # the first layer's input needs no gradient
     15552
     """
+    check_flags(training=training)
     copied = copy_model(model) if training else copy_to_run(model)  # a backward pass would give it gradients
     table, found = number_convs(copied, example_inputs), conv_layers(copied)
     calls = note_training(found) if training else {}

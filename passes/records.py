@@ -142,7 +142,7 @@ class ConvTable(Sequence[ConvRecord]):
         writer = csv.DictWriter(text, [field.name for field in fields(ConvRecord)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(record) for record in self)
-        write_whole(Path(path), text.getvalue().encode())
+        write_whole(path, text.getvalue().encode())
 
 
 def _row(record: ConvRecord) -> list[str]:

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from numpy import ndarray
+from torch import Tensor
+
 from ..errors import FxBasisWarning, LayerError, SelectionError
 from ..recipe import LayerPlan, Plan
 from ..structures import FORMS, Ranks
@@ -100,6 +103,8 @@ def matches(selector: Any, table: ConvTable) -> dict[int, int]:
         return {_number(int(selector), table): _EXACT}
     if isinstance(selector, str):
         return _matches_text(selector, table)
+    if isinstance(selector, (Tensor, ndarray)):
+        return matches(selector.tolist(), table)
     if isinstance(selector, Iterable):
         parts = [matches(part, table) for part in selector]
         found = {i: max(p[i] for p in parts if i in p) for part in parts for i in part}

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from ..arguments import check_flags
 from ..errors import SelectionError
 from ..fitting import Unfolding, unfoldings
 from ..structures import FORMS, Ranks
@@ -104,7 +105,7 @@ def check_multiple(multiple: Any) -> None:
 
 def _checked(merged: dict[str, Any]) -> Settings:
     form, method, multiple = merged["form"], merged["method"], merged["multiple"]
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         raise SelectionError(f"form={form!r} is not known; choose one of {', '.join(FORMS)}")
     known = FORMS[form].methods
     if method is not None and method not in known:
@@ -112,6 +113,7 @@ def _checked(merged: dict[str, Any]) -> Settings:
             f"method={method!r} is not known for the {form} form; choose one of {', '.join(known)}"
         )
     check_multiple(multiple)
+    check_flags(fixed_basis=merged["fixed_basis"])
     beta = BETA if merged.get("beta") is None else float(merged["beta"])
     return Settings(**{**merged, "method": method or known[0], "beta": beta})
 

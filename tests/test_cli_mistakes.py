@@ -178,6 +178,40 @@ def test_mistakes_in_measure_are_code_2(
     assert message in error_of(run("measure", *(a.format(net=tiny, done=done) for a in arguments), *SIZE), 2)
 
 
+OUTS = {
+    "fold": ["--compressed", "{done}"],
+    "compress": ["--runs", "3"],
+    "plan": ["--macs", "0.5"],
+    "export": [],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("verb", OUTS)
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "--out: an empty text is no path"), ("a" * 300, "too long")]
+)
+def test_a_name_that_no_file_can_have_is_code_2(
+    run: Run,
+    tiny: str,
+    done: Path,
+    verb: str,
+    name: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [] if verb == "demo" else [tiny, *SIZE, *(option.format(done=done) for option in OUTS[verb])]
+    assert message in error_of(run(verb, *options, "--out", name), 2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--csv", "--compressed", "--weights"])
+def test_an_empty_path_is_not_taken_for_none(run: Run, tiny: str, option: str) -> None:
+    assert f"{option}: an empty text is no path" in error_of(run("layers", tiny, *SIZE, option, ""), 2)
+
+
 def test_models_own_message_is_kept(run: Run, source: Path) -> None:
     code, _, err = run("layers", f"{source}:two_lines", *SIZE)
     assert code == 2

@@ -20,6 +20,7 @@ from fxbasis import (
     SelectionError,
     UsageError,
     compress,
+    load,
     pareto,
     plan,
     plan_of,
@@ -173,13 +174,24 @@ def test_points_and_budgets_of_a_front_are_checked() -> None:
 @pytest.mark.parametrize(
     ("key", "value"), [("asked", 5), ("change", None), ("asked", {"macs": None}), ("macs", "x")]
 )
-def test_a_damaged_forecast_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_damaged_entry_of_a_forecast_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     found = plan(net(), X, macs=0.7, calibration=BATCHES, **GAUGE).to_dict()
     (tmp_path / "plan.json").write_text(json.dumps({**found, "forecast": {**found["forecast"], key: value}}))
     with pytest.raises(PlanError, match=r"plan.json: its forecast is damaged .*; make the plan again"):
         compress(net(), X, plan=tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text(json.dumps(found))
     assert "Planned for MACs" in str(plan_of(compress(net(), X, plan=tmp_path / "plan.json")))
+
+
+@pytest.mark.parametrize("forecast", [[1], "soon", [["macs", 0.5]]], ids=str)
+def test_a_forecast_that_is_no_dict_is_refused(tmp_path: Path, forecast: Any) -> None:
+    content = plan_of(compress(net(), X)).to_dict() | {"forecast": forecast}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    for use in (lambda: load(net(), tmp_path), lambda: compress(net(), X, plan=tmp_path / "plan.json")):
+        with pytest.raises(
+            PlanError, match=r"plan.json: its forecast is damaged .* is no dict\); make the plan"
+        ):
+            use()
 
 
 def spoiled(tensors: dict[str, Tensor], about: dict[str, str]) -> None:
