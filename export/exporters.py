@@ -74,6 +74,7 @@ def _export_dynamo(job: Job, file: Path) -> None:
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
     _name_outputs(program.model.graph, job.output_names)
+    _name_inputs(program.model.graph, list(job.checks[0].inputs))
     program.save(str(file), external_data=job.external)
 
 
@@ -99,6 +100,15 @@ def _name_outputs(graph: Any, names: list[str]) -> None:
                 name += "_"
             value.name = name
             taken.add(name)
+
+
+def _name_inputs(graph: Any, names: list[str]) -> None:
+    """Give an input that is also returned its own name back, to which the exporter appends ``_orig``."""
+    taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+    for value in graph.inputs:
+        name = value.name.removesuffix("_orig")
+        if value.name not in names and name in names and name not in taken:
+            value.name = name
 
 
 class _Flat(nn.Module):

@@ -28,8 +28,8 @@ from fxbasis import (
     save,
     sensitivities,
 )
-from fxbasis.models import load_model
 from fxbasis.recipe import Plan
+from fxbasis.weights import load_weights
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -46,22 +46,20 @@ def test_a_flag_of_compress_that_is_no_bool_is_refused(flag: str, value: Any) ->
         compress(net(), X, layers=[1], **{flag: value})
 
 
+WRONG: Any = "no"
 FLAGS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "of a layer": (lambda _: compress(net(), X, layers={"0": {"fixed_basis": 1}}), "fixed_basis=1"),
-    "table": (lambda _: number_convs(net(), X, effective_weights="a"), "effective_weights='a'"),  # type: ignore[arg-type]
-    "profile": (lambda _: profile(net(), X, training="no"), "training='no'"),  # type: ignore[arg-type]
-    "export": (lambda p: export_onnx(net(), X, p / "a", dynamic_batch="no"), "dynamic_batch='no'"),  # type: ignore[arg-type]
-    "pickle": (
-        lambda p: load_model("torchvision:resnet18", weights=p / "w", allow_pickle="no"),
-        "allow_pickle='no'",
-    ),  # type: ignore[arg-type]
+    "of a layer": (lambda _: compress(net(), X, layers={"0": {"fixed_basis": WRONG}}), "fixed_basis"),
+    "table": (lambda _: number_convs(net(), X, effective_weights=WRONG), "effective_weights"),
+    "profile": (lambda _: profile(net(), X, training=WRONG), "training"),
+    "export": (lambda path: export_onnx(net(), X, path / "a", dynamic_batch=WRONG), "dynamic_batch"),
+    "pickle": (lambda path: load_weights(net(), path / "w", allow_pickle=WRONG), "allow_pickle"),
 }
 
 
 @pytest.mark.parametrize("key", FLAGS)
 def test_other_flags_that_are_no_bool_are_refused(key: str, tmp_path: Path) -> None:
     verb, named = FLAGS[key]
-    with pytest.raises(SelectionError, match=f"{named} is neither True nor False; pass one of them"):
+    with pytest.raises(SelectionError, match=f"{named}='no' is neither True nor False; pass one of them"):
         verb(tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -122,4 +120,11 @@ def test_what_is_no_path_is_refused(
     verb, kind = PATHS[key]
     with pytest.raises(kind, match=r" is no path.*; give (the name of a file or folder|another name)"):
         verb(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", ["13", True, 17.0, 1, 99])
+def test_an_opset_that_there_is_not_is_refused(tmp_path: Path, opset: Any) -> None:
+    with pytest.raises(ExportError, match=rf"opset={opset!r} cannot be written; pass a whole number"):
+        export_onnx(net(), X, tmp_path / "n.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
