@@ -332,8 +332,10 @@ def _check_fold(form: BasisConv2d, conv: nn.Conv2d) -> None:
     sums = weight[0].numel() * torch.finfo(torch.float64).eps
     allowed = 8 * torch.finfo(conv.weight.dtype).eps + sums
     if not float(gap) <= allowed * float(scale):
-        raise VerificationError(
+        error = VerificationError(
             f"{form.plan}: the folded convolution differs by {float(gap / scale):.2e} "
             f"(tolerance {allowed:.0e}); its factors are not finite or far out of scale: "
             "train it with a smaller learning rate or load it again"
         )
+        error.layer = form.plan.name
+        raise error

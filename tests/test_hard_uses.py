@@ -339,3 +339,15 @@ def test_the_table_of_a_model_says_what_that_of_its_trace_says() -> None:
     found = [(record.status, record.reason) for record in number_convs(model, X)]
     assert found == [(record.status, record.reason) for record in number_convs(trace(model, X), X)]
     assert found[0][0] == "unsupported"
+
+
+@pytest.mark.parametrize("form", ["output", "tt"])
+def test_weights_below_what_the_dtype_resolves_are_left_alone(form: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).half().eval()
+    model[0].weight.data *= 1e-6
+    with pytest.warns(FxBasisWarning, match=r"left alone: conv 1 \(0\).*the folded convolution differs by"):
+        small = compress(model, X.half(), form=form, size=0.25)
+    assert [layer.form for layer in plan_of(small)] == ["dense", form]
+    with pytest.raises(VerificationError, match=r"conv 1 \(0\).*the folded convolution differs by"):
+        compress(model, X.half(), form=form, size=0.25, layers=[1])
