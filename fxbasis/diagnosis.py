@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 from torch import nn
 
 from .errors import FxBasisWarning
-from .passes.numbering import number_convs
+from .passes.numbering import conv_layers, number_convs
 from .passes.profiling import profile
 from .passes.ranking import ranks_by_size
-from .passes.records import OK, UNSUPPORTED, ConvRecord, ConvTable
+from .passes.records import NO_GAIN, OK, UNSUPPORTED, ConvRecord, ConvTable
+from .passes.rewriting import weight_flaw
 from .passes.tracing import Part, parts_of, trace
 from .running import ExampleInputs
 from .tables import aligned
@@ -152,10 +153,20 @@ def doctor(model: nn.Module, example_inputs: ExampleInputs) -> Diagnosis:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FxBasisWarning)  # what they say stands in the parts
         traced = trace(model, example_inputs)
-    table = number_convs(traced, example_inputs)
+    table = _with_flaws(number_convs(traced, example_inputs), traced)
     macs = profile(traced, example_inputs).macs
     outlook = {str(size): _ratio(table, macs, size) for size in SIZES} | {"floor": _ratio(table, macs, 1)}
     return Diagnosis(type(model).__name__, parts_of(traced), table, macs, outlook)
+
+
+def _with_flaws(table: ConvTable, traced: nn.Module) -> ConvTable:
+    """The table, in which a weight that compress refuses for its values is not ok."""
+    layers, records = conv_layers(traced), []
+    for record in table:
+        asked = record.status in (OK, NO_GAIN)
+        flaw = weight_flaw(cast(nn.Conv2d, layers[record.name])).partition("; ")[0] if asked else ""
+        records.append(replace(record, status=UNSUPPORTED, reason=flaw) if flaw else record)
+    return ConvTable(records, table.functional)
 
 
 def _ratio(table: ConvTable, macs: int, size: float) -> float:

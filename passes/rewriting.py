@@ -39,6 +39,7 @@ __all__ = [
     "names_of",
     "rewrite",
     "rewrite_modules",
+    "weight_flaw",
 ]
 
 
@@ -144,15 +145,20 @@ def check_uncompressed(model: nn.Module) -> None:
 
 def check_weight(conv: nn.Conv2d, layer: LayerPlan | ConvRecord) -> None:
     """Refuse a weight without data, or with values that are not finite."""
+    flaw = weight_flaw(conv)
+    if flaw:
+        raise LayerError(f"{layer}: {flaw}")
+
+
+def weight_flaw(conv: nn.Conv2d) -> str:
+    """Why the values of a weight cannot be taken apart, and the remedy; empty when they can."""
     weight = kernel_of(conv).conv.weight
     if weight.is_meta:
-        raise LayerError(f"{layer}: its weight is on the meta device and has no data; load the weights first")
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise LayerError(
-            f"{layer}: {bad} of its weights are NaN or infinite; "
-            "repair them, or leave the layer out of layers="
-        )
+        return "its weight is on the meta device and has no data; load the weights first"
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        return f"{bad} of its weights are NaN or infinite; repair them, or leave the layer out of layers="
+    return ""
 
 
 def _check_kernel(conv: nn.Conv2d, layer: LayerPlan) -> None:

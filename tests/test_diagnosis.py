@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxbasis import FxBasisWarning, InputError, compress, doctor, profile
+from fxbasis import FxBasisWarning, InputError, LayerError, compress, doctor, profile
 from fxbasis.cli import main
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -102,6 +102,23 @@ def test_functional_convolutions_are_listed() -> None:
     found = doctor(CallsFunctional().eval(), X)
     assert "weight (3, 3, 1, 1), output 16x16, 1 call, 4,608 MACs: functional: not a Conv2d" in str(found)
     assert [call["macs"] for call in found.to_dict()["functional"]] == [4608]
+
+
+def test_weights_that_compress_refuses_are_not_ok() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    with torch.no_grad():
+        model[1].weight[0, 0, 0, 0] = torch.nan
+    found = doctor(model, X)
+    assert [record.status for record in found.convs] == ["ok", "unsupported", "ok"]
+    assert "unsupported: 1 of its weights are NaN or infinite" in str(found)
+    with pytest.raises(LayerError, match="1 of its weights are NaN or infinite"):
+        compress(model, X)
+
+
+def test_weights_without_data_are_not_ok() -> None:
+    found = doctor(nn.Sequential(nn.Conv2d(3, 8, 3)).to("meta"), X.to("meta"))
+    assert found.convs[0].reason == "its weight is on the meta device and has no data"
+    assert "there is nothing to compress" in str(found)
 
 
 def test_nothing_to_gain() -> None:
