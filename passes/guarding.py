@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -28,7 +28,7 @@ from .graphs import ObstacleError
 
 __all__ = ["ContextError", "GuardedTracer", "Mode", "blamed_on", "definition_of"]
 
-_PASSES = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent.parent)
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
 
@@ -284,21 +284,28 @@ def _source_of(error: BaseException) -> str:
     place, frame = "unknown line", error.__traceback__
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if "/torch/" not in file and not file.startswith("<") and not file.startswith(_PASSES):
+        if _is_the_models(file):
             place = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
     return place
 
 
 def _caller() -> str:
-    """File and line of the innermost caller outside of torch and of this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        file = frame.f_code.co_filename
-        if "/torch/" not in file and not file.startswith("<") and not file.startswith(_PASSES):
-            break
+    """File and line of the innermost caller outside of torch and of this package, or of a module of torch."""
+    frame, of_torch = cast("FrameType | None", sys._getframe(1)), ""
+    while frame is not None and frame.f_code is not GuardedTracer.trace.__code__:  # whose caller is no model
+        file, place = frame.f_code.co_filename, f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if _is_the_models(file):
+            return place
+        if "/torch/nn/" in file:
+            of_torch = of_torch or place
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return of_torch or "unknown line"
+
+
+def _is_the_models(file: str) -> bool:
+    """Whether a file is neither of torch nor of this package."""
+    return "/torch/" not in file and not file.startswith(("<", _PACKAGE))
 
 
 @functools.cache
@@ -316,8 +323,7 @@ def _asked_by_model() -> bool:
     frame = sys._getframe(2)
     if frame.f_code.co_name == "is_tensor" and frame.f_back is not None:
         frame = frame.f_back
-    file = frame.f_code.co_filename
-    return "/torch/" not in file and not file.startswith(("<", _PASSES))
+    return _is_the_models(frame.f_code.co_filename)
 
 
 def definition_of(module: nn.Module) -> str:

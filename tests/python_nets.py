@@ -240,7 +240,7 @@ PYTHON: dict[str, tuple[Case, str]] = {
     "keyword as a name": (Case(KeywordName, 3), "no Python code"),
     "graph inside": (Case(GraphInside), r"python_nets\.py:\d+"),
     "patched forward": (Case(patched_for_copies, 1), "replaced on the instance"),
-    "DataParallel": (Case(lambda: nn.DataParallel(Plain())), ""),
+    "DataParallel": (Case(lambda: nn.DataParallel(Plain())), r"data_parallel\.py:\d+"),
 }
 EVAL_ONLY: dict[str, tuple[Case, str]] = {
     "functional dropout among convs": (
