@@ -77,6 +77,8 @@ def become_graphs(model: nn.Module, graphs: Mapping[str, Collection[str]]) -> No
     found = {}
     for name, given in graphs.items():
         module = model.get_submodule(name)
+        if isinstance(module, nn.Conv2d):
+            raise ObstacleError(f"{name or 'the model'} is a convolution, which is no graph")
         if not isinstance(module, fx.GraphModule):
             found[name] = (module, _graph_of(module, given))
     for module, traced in found.values():

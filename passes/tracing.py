@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
 
 from ..copying import KEEPS_PARAMETERS, Model, check_module, copy_model
-from ..errors import FxBasisWarning, LayerError, TraceError
+from ..errors import FxBasisWarning, LayerError, PlanError, TraceError
 from ..forms import BasisConv2d
 from ..running import ExampleInputs
 from .graphs import ObstacleError
@@ -98,14 +98,14 @@ def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
     """A copy in which the named submodules are graphs again: those of ``parts_of``, with what they are given.
 
     Raises:
-        TraceError: when one of them cannot be traced as it was.
+        PlanError: when one of them cannot be traced as it was.
     """
     refuse_lazy(model)
     copied = copy_model(model)
     try:
         become_graphs(copied, graphs)
     except (ObstacleError, AttributeError) as error:
-        raise TraceError(
+        raise PlanError(
             f"{type(model).__name__} cannot be traced as it was: {error}; use the model that was compressed"
         ) from error
     vars(copied)[PARTS] = tuple(Part(name, True, given=tuple(given)) for name, given in graphs.items())

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fxbasis import (
     FxBasisWarning,
     Part,
-    TraceError,
+    PlanError,
     compress,
     fold,
     load,
@@ -342,12 +342,12 @@ def test_without_inputs_parts_are_graphs_unless_their_arguments_are_unknown() ->
 
 
 def test_retrace_refuses_what_is_not_there() -> None:
-    with pytest.raises(
-        TraceError, match=r"cannot be traced as it was: .*; use the model that was compressed"
-    ):
+    with pytest.raises(PlanError, match=r"cannot be traced as it was: .*; use the model that was compressed"):
         retrace(LoopsOverTheBatch(), {"missing": ["x"]})
-    with pytest.raises(TraceError, match="cannot be traced as it was"):
+    with pytest.raises(PlanError, match="cannot be traced as it was"):
         retrace(LoopsOverTheBatch(), {"": ["x"]})
+    with pytest.raises(PlanError, match="0 is a convolution, which is no graph; use the model"):
+        retrace(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": ["x"]})
 
 
 def test_specialised_to_the_size_of_the_example_is_noticed() -> None:
