@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 from . import __version__
@@ -26,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", FxBasisWarning)
         warnings.showwarning = _show_warning
         try:
-            result = options.run(options)
+            with redirect_stdout(sys.stderr) if options.json else nullcontext():  # what a model prints
+                result = options.run(options)
             print(json.dumps(result.json, indent=1) if options.json else result.text, flush=True)
         except (VerificationError, ExportError) as error:
             return _fail(error, 1)

@@ -37,7 +37,7 @@ def load_weights(model: nn.Module, path: str | Path, *, allow_pickle: bool = Fal
 
     Args:
         model: takes the weights.
-        path: a ``.safetensors`` file, or one that ``torch.save`` wrote.
+        path: a safetensors file under any name, or one that ``torch.save`` wrote.
         allow_pickle: also read what runs code when read, such as a pickled whole model.
 
     Raises:
@@ -54,7 +54,7 @@ def _read(path: Path, allow_pickle: bool) -> object:
     if not path.is_file():
         raise UsageError(f"no weight file {path} in {Path.cwd()}; check the path")
     try:
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() == ".safetensors" or _is_safetensors(path):
             return load_file(path)
         loaded: object = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
         return loaded
@@ -71,6 +71,13 @@ def _read(path: Path, allow_pickle: bool) -> object:
             f"weights {path} are damaged or no weight file ({reason}); copy the file again, or save the "
             "model's state_dict() with torch.save or safetensors"
         ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By the length of its header, and the bracket that begins it, whatever the file is called."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
 def _is_pickle(path: Path) -> bool:

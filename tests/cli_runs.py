@@ -76,6 +76,17 @@ def number():
     return 3
 
 
+def prints():
+    print("built")
+
+    class Says(Net):
+        def forward(self, x):
+            print("runs")
+            return super().forward(x)
+
+    return Says()
+
+
 def two_lines():
     class Shouts(Net):
         def forward(self, x):

@@ -179,3 +179,11 @@ def test_reader_that_goes_away_is_no_error(tiny: str) -> None:
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_model_prints_is_not_in_the_json(run: Run, source: Path) -> None:
+    code, text, err = run("doctor", f"{source}:prints", *SIZE, "--json")
+    assert code == 0
+    assert len(json.loads(text)["convs"]) == 3
+    assert "built" in err
+    assert "runs" in err

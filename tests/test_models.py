@@ -217,6 +217,7 @@ def test_weights_of_every_kind_are_loaded(tmp_path: Path) -> None:
     old = small()
     state = old.state_dict()
     save_file(state, tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "a.st")
     torch.save(state, tmp_path / "b.pth")
     torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=False)
     for key in ("state_dict", "model", "model_state_dict"):

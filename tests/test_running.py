@@ -194,7 +194,8 @@ def test_run_passes_arguments_on(example: Any) -> None:
 )
 def test_run_refuses_inputs_that_the_model_cannot_use(example: Any) -> None:
     with pytest.raises(
-        InputError, match=r"the model failed on the example inputs .*; pass inputs of the shape"
+        InputError,
+        match=r"the model failed on the example inputs .*; pass inputs (of the shape|in float32, or)",
     ):
         run(nn.Conv2d(3, 4, 3), example)
 
@@ -326,3 +327,10 @@ def test_become_refuses_a_class_of_another_layout() -> None:
 
     with pytest.raises(LayerError, match=r"Slotted cannot be exchanged.*; leave it out of layers="):
         become(Slotted(3, 4, 1), nn.Conv2d(3, 4, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_of_another_dtype_than_its_inputs_has_a_remedy(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(InputError, match=rf"; pass inputs in {name}, or a model in float32, as model.to\("):
+        run(nn.Conv2d(3, 4, 3).to(dtype), torch.zeros(1, 3, 8, 8))
