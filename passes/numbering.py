@@ -19,10 +19,10 @@ from torch.nn.utils import parametrize
 from ..arguments import check_flags
 from ..copying import check_module, copy_to_run
 from ..costs import ConvShape, dense_macs, dense_params
-from ..errors import InputError
+from ..errors import InputError, LayerError
 from ..forms import RESERVED, BasisConv2d, as_form, layer_plan
 from ..kernels import KernelError, class_of, held_besides, kernel_of, weight_hooks
-from ..recipe import UNFIT, LayerPlan
+from ..recipe import LAYER, UNFIT, LayerPlan
 from ..running import ExampleInputs
 from ..structures import FORMS, form_macs, form_params
 from .base import CONV_NUMBER, FxPass, call_sites
@@ -36,6 +36,9 @@ __all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_co
 def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
     """Every distinct Conv2d or form by its first name, in the order of definition.
 
+    Raises:
+        LayerError: for a form whose composition was exchanged.
+
     >>> list(conv_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))))
     ['0', '2']
     """
@@ -45,11 +48,20 @@ def conv_layers(model: nn.Module) -> dict[str, nn.Conv2d | BasisConv2d]:
     for name, module in model.named_modules():
         form = as_form(module)
         if form is not None:
+            _check_whole(name, form)
             layers[name] = form
             factors |= {id(part) for part in form.factors.values()}
         elif isinstance(module, nn.Conv2d) and id(module) not in factors:
             layers[name] = module
     return layers
+
+
+def _check_whole(name: str, form: BasisConv2d) -> None:
+    if not hasattr(form.composition, LAYER):
+        raise LayerError(
+            f"{name}: its composition was exchanged for a {type(form.composition).__name__}, which does not "
+            "hold the plan of the layer; write into its weight instead, or fold the model first"
+        )
 
 
 def number_convs(

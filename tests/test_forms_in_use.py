@@ -1,5 +1,6 @@
 """What is done to a compressed model afterwards: compiled, under autocast, traced by fx, pruned, hooked."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from behaviour import assert_same
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from fxbasis import LayerError, compress, fold
+from fxbasis import LayerError, compress, fold, number_convs, plan_of, profile, save
 from fxbasis.structures import FORMS
 
 X = torch.randn(2, 8, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -94,3 +95,13 @@ def test_fold_refuses_a_basis_with_a_bias() -> None:
     model.get_submodule("0.basis").bias = nn.Parameter(torch.ones(4))
     with pytest.raises(LayerError, match=r"conv 1 \(0\).*its basis has a bias of its own.*remove it first"):
         fold(model)
+
+
+@pytest.mark.parametrize("verb", [fold, plan_of, profile, number_convs, save])
+def test_a_composition_that_was_exchanged_is_named(verb: Any, tmp_path: Path) -> None:
+    model = small()
+    model.get_submodule("2").composition = nn.Conv2d(4, 8, 1)
+    given = {profile: (X,), save: (tmp_path / "saved",)}.get(verb, ())
+    with pytest.raises(LayerError, match=r"^2: its composition was exchanged for a Conv2d.*; write into"):
+        verb(model, *given)
+    assert not list(tmp_path.iterdir())
