@@ -105,7 +105,7 @@ def matches(selector: Any, table: ConvTable) -> dict[int, int]:
         return _matches_text(selector, table)
     if isinstance(selector, (Tensor, ndarray)):
         return matches(selector.tolist(), table)
-    if isinstance(selector, Iterable):
+    if isinstance(selector, Iterable) and not isinstance(selector, bytes):
         parts = [matches(part, table) for part in selector]
         found = {i: max(p[i] for p in parts if i in p) for part in parts for i in part}
         return _some(found, selector, "the selection is empty")

@@ -75,6 +75,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "form in a list": {"form": ["output"]},
     "form of a layer": {"layers": {"0": {"form": [1]}}},
     "layers None": {"layers": None},
+    "layers in bytes": {"layers": b"\x01"},
     "layers of a tensor": {"layers": torch.tensor([9])},
     "layers of an array": {"layers": np.array(9)},
 }
