@@ -163,6 +163,16 @@ def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         ) from error
 
 
+def _remedy(model: nn.Module, example_inputs: ExampleInputs) -> str:
+    wanted, given = (
+        sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
+        for tensors in (model.parameters(), tensors_of(example_inputs))
+    )
+    if len(wanted) == 1 and given and wanted != given:
+        return f"pass inputs in {wanted[0]}, or a model in {given[0]}, as model.to(torch.{given[0]}) makes it"
+    return "pass inputs of the shape, dtype and device that the model takes"
+
+
 def telling(example_inputs: ExampleInputs) -> ExampleInputs:
     """The inputs with random values, in [0, 1), where an image or feature map has one value, NaN or Inf.
 
@@ -187,16 +197,6 @@ def _tells(tensor: torch.Tensor) -> bool:
         return True
     low, high = tensor.detach().aminmax()
     return bool(torch.isfinite(low) & torch.isfinite(high) & (low < high))
-
-
-def _remedy(model: nn.Module, example_inputs: ExampleInputs) -> str:
-    wanted, given = (
-        sorted({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
-        for tensors in (model.parameters(), tensors_of(example_inputs))
-    )
-    if len(wanted) == 1 and given and wanted != given:
-        return f"pass inputs in {wanted[0]}, or a model in {given[0]}, as model.to(torch.{given[0]}) makes it"
-    return "pass inputs of the shape, dtype and device that the model takes"
 
 
 def with_batch(example_inputs: ExampleInputs, batch: int) -> ExampleInputs:
