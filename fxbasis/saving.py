@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .errors import PlanError
 from .files import made_folder, replacing
 from .passes.numbering import conv_layers
 from .passes.rewriting import check_plan, rewrite
-from .passes.tracing import parts_of, retrace
+from .passes.tracing import Part, parts_of, retrace
 from .recipe import FORECAST, Plan, read_json
 from .stored_state import StoredState, save_state
 
@@ -47,7 +48,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     >>> bool((again(torch.ones(1, 3, 8, 8)) == small(torch.ones(1, 3, 8, 8))).all())
     True
     """
-    graphs = {part.name: list(part.given) for part in parts_of(model) if part.graph}
+    graphs = {part.name: {"given": part.given, "calls": part.calls} for part in parts_of(model) if part.graph}
     content = plan_of(model).to_dict() | {"graphs": graphs, "options": _options(model)}
     with (
         made_folder(folder) as folder,
@@ -88,12 +89,16 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     return loaded
 
 
-def _graphs(found: Any, path: Path) -> dict[str, list[str]]:
-    """The submodules that were graphs, each with the arguments that it is given."""
-    sound = isinstance(found, dict) and all(isinstance(given, list) for given in found.values())
-    if not sound or not all(isinstance(name, str) for given in found.values() for name in given):
-        raise PlanError(f"{path}: graphs is {found!r}; save the model again")
-    return dict(found)
+def _graphs(found: Any, path: Path) -> list[Part]:
+    """The submodules that were graphs, the arguments that they are given, the calls that they serve."""
+    with suppress(AttributeError, KeyError, TypeError):
+        parts = [
+            Part(name, True, given=tuple(part["given"]), calls=tuple(part["calls"]))
+            for name, part in found.items()
+        ]
+        if all(isinstance(text, str) for part in parts for text in (*part.given, *part.calls)):
+            return parts
+    raise PlanError(f"{path}: graphs is {found!r}; save the model again")
 
 
 def _options(model: nn.Module) -> dict[str, list[Any]]:

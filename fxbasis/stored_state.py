@@ -111,7 +111,7 @@ class StoredState:
                 tensor.copy_(self.tensors[key])
 
     def _check_shapes(self, state: Mapping[str, Tensor]) -> None:
-        for key in state.keys() & self.tensors.keys():
+        for key in (key for key in state if key in self.tensors):
             stored, own = self.tensors[key], state[key]
             if (stored.shape, stored.dtype) != (own.shape, own.dtype):
                 raise PlanError(

@@ -1,15 +1,23 @@
-"""Calls of the forward of modules: functions put around them, and which arguments they give."""
+"""Calls of the forward of modules: functions put around them, which arguments they give, and of what kind.
+
+Python may ask of an argument whether it is given, its class, whether it is None, a flag, or the same as
+another; a graph kept the answers. ``kind_of_call`` is the text of all these, without values and shapes.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["given_arguments", "left_defaults", "wrapped"]
+from ..nests import ATOMS, parts_of_object
+
+__all__ = ["defaults_of", "given_arguments", "kind_of_call", "left_defaults", "wrapped"]
 
 
 @contextmanager
@@ -49,3 +57,51 @@ def left_defaults(module: nn.Module, given: Collection[str]) -> dict[str, Any]:
         for name, parameter in inspect.signature(type(module).forward).parameters.items()
         if parameter.default is not parameter.empty and name not in given
     }
+
+
+def defaults_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """The parameters of a forward with their defaults; ``inspect.Parameter.empty`` where there is none."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {part.name: part.default for part in parameters if part.kind in named}
+
+
+def kind_of_call(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What code could ask of the arguments of a call; those at their defaults are left out.
+
+    >>> x = torch.zeros(1)
+    >>> kind_of_call({"x": inspect.Parameter.empty, "mask": None, "flag": True}, (x, None), {"flag": False})
+    'x: Tensor, flag: False'
+    >>> kind_of_call({"q": 0, "k": 0}, (x, x), {})
+    'q: Tensor, k: q'
+    """
+    names = [*defaults, *(f"*{index}" for index in range(len(args) - len(defaults)))]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    seen: list[tuple[str, Any]] = []
+    kinds: list[str] = []
+    for name, value in given.items():
+        if name in defaults and value is defaults[name]:
+            continue
+        same = [other for other, known in seen if known is value]
+        kinds.append(f"{name}: {same[0] if same else _kind_of(value)}")
+        if isinstance(value, torch.Tensor):
+            seen.append((name, value))
+    return ", ".join(kinds)
+
+
+def _kind_of(value: Any, depth: int = 4) -> str:
+    if isinstance(value, torch.Tensor):
+        return "Tensor"
+    kind = type(value)
+    if value is None or kind is bool or isinstance(value, Enum):
+        return str(value)
+    if kind in ATOMS or isinstance(value, nn.Module) or depth == 0:
+        return kind.__name__
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', kind.__name__)}"
+    if isinstance(value, (list, tuple)):
+        return f"{kind.__name__}({', '.join(_kind_of(part, depth - 1) for part in value)})"
+    parts = value if isinstance(value, Mapping) else parts_of_object(value) or {}
+    return (
+        f"{kind.__name__}({', '.join(f'{key}: {_kind_of(part, depth - 1)}' for key, part in parts.items())})"
+    )

@@ -8,7 +8,7 @@ autocast. A submodule becomes a *leaf*, which stays Python and decides at run ti
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
 - a random number is drawn, which a graph keeps as a constant,
 - an attribute of the module, of its class, or a variable of a function is set, which a graph does not,
-- the class of an argument is asked for, which another call may give otherwise,
+- the class of an argument is asked for, which is not known,
 - its own train() or eval() sets an attribute, which a graph would have read once for all,
 - a tensor made from constants is changed in place, which a graph would do again at each call,
 - the ways differ.
@@ -23,7 +23,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 from itertools import zip_longest
 from typing import Any
 
@@ -86,11 +85,6 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     Raises:
         ObstacleError: when the module's own forward cannot be a graph.
     """
-    enums = [name for name, value in defaults.items() if isinstance(value, Enum)]
-    if enums:
-        raise ObstacleError(
-            f"its argument {enums[0]} is left at a member of an Enum, which a graph keeps", ""
-        )
     leaves = _switching(model)
     if "" in leaves:
         raise ObstacleError("its train() or eval() sets attributes, which a graph would not read", "")

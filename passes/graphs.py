@@ -4,7 +4,8 @@ A plain GraphModule keeps only what its nodes name, and forgets the class. ``Tra
 the model's class at once: only ``forward`` is the graph's. Every submodule, parameter, buffer, attribute and
 hook stays, in the original order, and so do methods, properties and ``isinstance``: a parent that asks its
 child for an attribute, or calls another of its methods, gets what it got before. Where train() and eval()
-take different ways, the graph is that of eval(), and in train() the forward of the model's class runs.
+take different ways, the graph is that of eval(), and in train() the forward of the model's class runs; so it
+does for kinds of calls on which the graph was not proven.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from torch import fx, nn
 
 from ..errors import TraceError, UsageError
+from .calls import defaults_of, kind_of_call
 
 __all__ = ["CONSTANT", "ObstacleError", "TracedModule", "as_graph", "renew_constants"]
 
 CONSTANT = "_tensor_constant"
 """How fx begins the names of tensors that forward makes."""
+_SPECIALISED = "has been specialized to have value"
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
 _OWN = ("__call__", "__deepcopy__", "__delattr__", "__getattr__", "__getattribute__", "__setattr__")
 _GROWING = ("append", "extend", "insert", "pop", "__delitem__", "__iadd__", "__imul__")
@@ -50,6 +53,8 @@ class TracedModule(fx.GraphModule, _Blank):
     """The base of every traced class: ``TracedModule`` first, then the model's own class."""
 
     _eval_only: str = ""
+    _calls: frozenset[str] = frozenset()
+    _proven_forward: Any = None
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
         super().__init__(root, graph, class_name)
@@ -63,10 +68,21 @@ class TracedModule(fx.GraphModule, _Blank):
     def recompile(self) -> Any:
         """Make forward from the graph; in train() that of the model's class, where the graph is eval()'s."""
         code, kind = super().recompile(), cast(Any, type(self))
+        python = _model_class(kind).forward
         if self._eval_only:
-            model_class = kind.__mro__[kind.__mro__.index(_Blank) + 1]
-            kind.forward = _by_mode(kind.forward, model_class.forward)
+            kind.forward = _in_eval(kind.forward, python)
+        kind._proven_forward = kind.forward
+        if self._calls:
+            kind.forward = _on_known_calls(kind.forward, python)
         return code
+
+    def serve(self, calls: Collection[str]) -> None:
+        """Run the graph for these kinds of calls, the model's own forward for others; for all without any."""
+        kinds = cast(Any, type(self)).__mro__
+        kinds[kinds.index(TracedModule) - 1]._calls = frozenset(calls)  # which copies have too
+        if calls:
+            _drop_asserts(self.graph)
+        self.recompile()
 
     def __reduce__(self) -> Any:
         if self._eval_only:
@@ -75,10 +91,10 @@ class TracedModule(fx.GraphModule, _Blank):
                 "use fxbasis.save, or its state_dict"
             )
         rebuild, arguments = super().__reduce__()
-        kind = type(self).__mro__[type(self).__mro__.index(_Blank) + 1]
+        kind = _model_class(type(self))
         if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
             return rebuild, arguments  # a class that cannot be found again: a plain GraphModule
-        return _restored, (kind, rebuild, arguments)
+        return _restored, (kind, rebuild, arguments, self._calls)
 
     def _deepcopy_init(self) -> Any:
         name = type(self).__name__
@@ -89,7 +105,13 @@ class TracedModule(fx.GraphModule, _Blank):
         return init
 
 
-def _restored(kind: type[nn.Module], rebuild: Any, arguments: tuple[Any, ...]) -> TracedModule:
+def _model_class(kind: type) -> Any:
+    return kind.__mro__[kind.__mro__.index(_Blank) + 1]
+
+
+def _restored(
+    kind: type[nn.Module], rebuild: Any, arguments: tuple[Any, ...], calls: frozenset[str]
+) -> TracedModule:
     """From a pickle: the graph as fx makes it, on everything that the module held, in the model's class."""
     plain, root = rebuild(*arguments), nn.Module()
     graph = plain.graph
@@ -98,7 +120,9 @@ def _restored(kind: type[nn.Module], rebuild: Any, arguments: tuple[Any, ...]) -
     made = {name: getattr(plain, name) for name in names if name.startswith(CONSTANT)}
     vars(root).update(made)  # fx has traced the graph's code, and made their copies anew
     renew_constants(graph, made)
-    return _traced_class(kind, "")(root, graph, kind.__name__)
+    restored = _traced_class(kind, "")(root, graph, kind.__name__)
+    restored.serve(calls)
+    return restored
 
 
 def renew_constants(graph: fx.Graph, names: Collection[str]) -> None:
@@ -111,12 +135,34 @@ def renew_constants(graph: fx.Graph, names: Collection[str]) -> None:
             node.replace_all_uses_with(fresh, lambda user, made=fresh: user is not made)
 
 
-def _by_mode(evaluated: Any, trained: Any) -> Any:
-    """The forward of a graph that is that of eval() alone."""
+def _drop_asserts(graph: fx.Graph) -> None:
+    """Drop what fx asserts of arguments left at their defaults: other calls do not come to the graph."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and _SPECIALISED in str(node.args[-1:]):
+            (asked, *_), _ = node.args, graph.erase_node(node)
+            if isinstance(asked, fx.Node) and asked.op == "call_function" and not asked.users:
+                graph.erase_node(asked)
 
-    @functools.wraps(evaluated)
+
+def _in_eval(graph: Any, python: Any) -> Any:
+    """The forward that takes the graph in eval(), of which alone it is, and the model's own in train()."""
+
+    @functools.wraps(graph)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (trained if self.training else evaluated)(self, *args, **kwargs)
+        return (python if self.training else graph)(self, *args, **kwargs)
+
+    return forward
+
+
+def _on_known_calls(graph: Any, python: Any) -> Any:
+    """The forward that takes the graph for the kinds of calls on which it was proven, and for proxies."""
+    defaults = defaults_of(python)
+
+    @functools.wraps(graph)
+    def forward(self: TracedModule, *args: Any, **kwargs: Any) -> Any:
+        traced = any(isinstance(part, fx.Proxy) for part in (*args, *kwargs.values()))
+        known = traced or kind_of_call(defaults, args, kwargs) in self._calls
+        return (graph if known else python)(self, *args, **kwargs)
 
     return forward
 

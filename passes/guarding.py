@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import errors
 from ..carrying import has_hooks
 from ..contexts import open_contexts
 from ..nests import tensors_of
@@ -28,7 +29,7 @@ from .graphs import ObstacleError
 
 __all__ = ["ContextError", "GuardedTracer", "Mode", "blamed_on", "definition_of"]
 
-_PACKAGE = str(Path(__file__).parent.parent)
+_PACKAGE = tuple(str(Path(file).parent) for file in (__file__, errors.__file__))
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
 
@@ -305,7 +306,7 @@ def _caller() -> str:
 
 def _is_the_models(file: str) -> bool:
     """Whether a file is neither of torch nor of this package."""
-    return "/torch/" not in file and not file.startswith(("<", _PACKAGE))
+    return "/torch/" not in file and not file.startswith(("<", *_PACKAGE))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from ..forms import BasisConv2d
 from ..nests import cloned
 from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled
 from ..snapshots import Snapshot, buffer_values
-from .calls import given_arguments, left_defaults, wrapped
+from .calls import defaults_of, given_arguments, kind_of_call, left_defaults, wrapped
 from .capturing import capture
 from .graphs import ObstacleError, TracedModule, as_graph
 from .guarding import definition_of
@@ -42,12 +42,15 @@ class Part:
         reason: why it stays Python, with source file and line; of a graph, why it is that of eval() alone
             and its Python runs in train(); empty where the graph serves in both.
         given: the arguments of its forward that are inputs of the graph; the others keep their defaults.
+        calls: the kinds of calls that the graph serves (``calls.kind_of_call``); for others, which leave an
+            argument out or give another class of one, its Python runs. Empty without a proof: then all.
     """
 
     name: str
     graph: bool
     reason: str = ""
     given: tuple[str, ...] = ()
+    calls: tuple[str, ...] = field(default=(), repr=False)
 
 
 def find_parts(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Part, ...]:
@@ -63,26 +66,32 @@ def find_parts(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[
             failures, outputs = _prove(model, example_inputs, captured)
             expected = expected or outputs
         waiting = [child for name in failures for child in search.stays(name, failures[name])]
-        search.proven |= {name: found for name, found in captured.items() if name not in failures}
+        for name in captured.keys() - failures:
+            search.proven[name] = captured[name]
+            calls = tuple(sorted(captured[name][1]._calls))
+            search.parts[name] = replace(search.parts[name], calls=calls)
     _install(model, search, example_inputs, expected)
     return tuple(search.parts[name] for name in _names(model) if name in search.parts)
 
 
-def become_graphs(model: nn.Module, graphs: Mapping[str, Collection[str]]) -> None:
-    """Turn the named submodules into graphs again, as a trace with inputs found them.
+def become_graphs(model: nn.Module, parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Turn these parts into graphs again, as a trace with inputs found them; returns them.
 
     Raises:
         ObstacleError: when one of them cannot be a graph here.
     """
-    found = {}
-    for name, given in graphs.items():
-        module = model.get_submodule(name)
+    found = []
+    for part in parts:
+        module = model.get_submodule(part.name)
         if isinstance(module, nn.Conv2d):
-            raise ObstacleError(f"{name or 'the model'} is a convolution, which is no graph")
-        if not isinstance(module, fx.GraphModule):
-            found[name] = (module, _graph_of(module, given))
-    for module, traced in found.values():
-        _become_graph(module, traced)
+            raise ObstacleError(f"{part.name or 'the model'} is a convolution, which is no graph")
+        graph = None if isinstance(module, fx.GraphModule) else _graph_of(module, part.given)
+        found.append((module, graph, part))
+    for module, graph, part in found:
+        if graph is not None:
+            graph.serve(part.calls)
+            _become_graph(module, graph)
+    return tuple(replace(part, reason=getattr(module, "_eval_only", "")) for module, _, part in found)
 
 
 class _Search:
@@ -190,23 +199,29 @@ def _prove(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Why each of the graphs is refused that is, and what the model itself did."""
     failures: dict[str, str] = {}
-    called: set[str] = set()
+    calls: dict[str, dict[str, bool]] = {}
 
     def beside(name: str, module: nn.Module, traced: TracedModule) -> Any:
+        defaults = defaults_of(type(module).forward)
+
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            called.add(name)
-            if name in failures:
+            known, kind = calls.setdefault(name, {}), kind_of_call(defaults, args, kwargs)
+            if name in failures or known.get(kind) is False:
                 return original(*args, **kwargs)
             output, reason = _compared(original, module, traced, args, kwargs)
-            if reason:
+            if reason and (not known or kind in known):
                 failures[name] = f"{reason} ({definition_of(module)})"
+            known[kind] = not reason
             return output
 
         return module, forward
 
     with wrapped(beside(name, *found) for name, found in captured.items()):
         outputs = run_trials(model, inputs)
-    return failures | {name: _NOT_CALLED for name in captured if name not in called}, outputs
+    for name, (_, traced) in captured.items():
+        if name in calls:
+            traced.serve([kind for kind, proven in calls[name].items() if proven])
+    return failures | {name: _NOT_CALLED for name in captured if name not in calls}, outputs
 
 
 def _compared(
@@ -223,7 +238,7 @@ def _compared(
     what, remedy = f"its graph in {'train' if module.training else 'eval'}()", "it is kept as it is"
     try:
         with redirect_stderr(StringIO()):  # a GraphModule prints its code when it fails
-            found = type(traced).forward(traced, *given, **named)
+            found = type(traced)._proven_forward(traced, *given, **named)
         check_equal((output, args, kwargs), (found, given, named), what, remedy)
         buffers = buffer_values(traced)
         check_equal(expected, {name: buffers[name] for name in expected}, f"buffers after {what}", remedy)

@@ -12,7 +12,7 @@ single Conv2d. ``compress`` rewrites both with the same form modules.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -94,8 +94,8 @@ def python_in_train(traced: nn.Module) -> bool:
     return any(not part.graph or bool(part.reason) for part in vars(traced)[PARTS])
 
 
-def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
-    """A copy in which the named submodules are graphs again: those of ``parts_of``, with what they are given.
+def retrace(model: Model, parts: Collection[Part]) -> Model:
+    """A copy in which these parts are graphs again, as ``parts_of`` gave them.
 
     Raises:
         PlanError: when one of them cannot be traced as it was.
@@ -103,12 +103,11 @@ def retrace(model: Model, graphs: Mapping[str, Collection[str]]) -> Model:
     refuse_lazy(model)
     copied = copy_model(model)
     try:
-        become_graphs(copied, graphs)
+        vars(copied)[PARTS] = become_graphs(copied, parts)
     except (ObstacleError, AttributeError) as error:
         raise PlanError(
             f"{type(model).__name__} cannot be traced as it was: {error}; use the model that was compressed"
         ) from error
-    vars(copied)[PARTS] = tuple(Part(name, True, given=tuple(given)) for name, given in graphs.items())
     return copied
 
 

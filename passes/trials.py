@@ -3,17 +3,14 @@
 The example inputs in eval(), then another batch size and another image size in eval() and in train(): of
 these, what the original accepts, and the example in train() where it accepts no other. One sample more, and
 images of other, unequal sides, at once where the model takes that, otherwise one after the other. An example
-of zeros, NaN or Inf, which tells nothing, gets random values. Of several arguments, each but the first in
-turn as None, and a flag the other way, in eval(): a graph has no ``is``.
+of zeros, NaN or Inf, which tells nothing, gets random values.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator
 from contextlib import redirect_stderr
-from enum import Enum
 from io import StringIO
 from typing import Any
 
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import FxBasisError, InputError
 from ..nests import map_tensors, tensors_of
-from ..running import ExampleInputs, as_arguments, batch_size, run, telling, with_batch
+from ..running import ExampleInputs, batch_size, run, telling, with_batch
 from ..snapshots import Snapshot, buffer_values
 
 __all__ = ["run_trials"]
@@ -43,8 +40,6 @@ def run_trials(
     found: dict[str, Any] = {"the example in eval()": _attempt(model, example_inputs, training=False)}
     if not example_only:
         found |= _on_variants(model, example_inputs)
-    for what, inputs in () if example_only else _other_arguments(example_inputs):
-        found[what] = _accepted(model, inputs, training=False)
     if not any("train()" in what for what in found):  # the cheapest run in train() is enough
         found["the example in train()"] = _accepted(model, example_inputs, training=True)
     return {what: outcome for what, outcome in found.items() if outcome is not None}
@@ -65,33 +60,6 @@ def _on_sizes(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:
     for what, alternatives in () if found else apart:
         found |= _first_accepted(model, what, alternatives)
     return found
-
-
-def _other_arguments(example_inputs: ExampleInputs) -> Iterator[tuple[str, ExampleInputs]]:
-    """The example with one argument, or entry of one, None; or False for True, another member of its Enum."""
-    args, kwargs = as_arguments(example_inputs)
-    given: dict[Any, Any] = dict(enumerate(args)) | kwargs
-    for index, (key, value) in enumerate(given.items()):
-        for what, other in _other_entries(value, kept=0 if index else 1):
-            changed = given | {key: other}
-            yield f"argument {key} {what} in eval()", changed if kwargs else tuple(changed.values())
-    for key, value in list(given.items())[1:]:
-        members = list(type(value)) if isinstance(value, Enum) else []
-        others = [not value] if isinstance(value, bool) else [part for part in members if part is not value]
-        for other in [*others, None]:
-            changed = given | {key: other}
-            inputs: Any = changed if kwargs else tuple(changed.values())
-            yield f"argument {key} as {other} in eval()", inputs
-
-
-def _other_entries(value: Any, kept: int) -> Iterator[tuple[str, Any]]:
-    """A dict without one of its entries, or a list or tuple with one of them None; the first may be kept."""
-    if type(value) is dict:
-        for key in list(value)[kept:]:
-            yield f"without {key}", {name: part for name, part in value.items() if name != key}
-    if type(value) in (list, tuple):
-        for index in range(kept, len(value)):
-            yield f"with None for {index}", type(value)([*value[:index], None, *value[index + 1 :]])
 
 
 def _first_accepted(model: nn.Module, what: str, alternatives: list[ExampleInputs]) -> dict[str, Any]:

@@ -220,7 +220,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, bool]]] = {
     "branching leaf": (Leaf, X, {"": True, "branch": False, "branch.block": True}),
     "shared and listed": (Shared, X, {"": False, "block": True, "other": True}),
     "optional argument": (lambda: Masked(False), X, {"": False, "part": True}),
-    "argument given by some calls": (lambda: Masked(True), X, {"": False, "part": False}),
+    "argument given by some calls": (lambda: Masked(True), X, {"": False, "part": True}),
     "counting part": (lambda: Around(Counts()), X, {"": True, "part": False}),
     "remembering part": (lambda: Around(Remembers()), X, {"": True, "part": False}),
     "recording part": (lambda: Around(Records()), X, {"": True, "part": False}),
@@ -307,7 +307,7 @@ def test_one_graph_is_one_part_and_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         traced = trace(Around(Block()).eval(), X)
-    assert parts_of(traced) == (Part("", True, given=("x",)),)
+    assert parts_of(traced) == (Part("", True, given=("x",), calls=("x: Tensor",)),)
 
 
 def test_traced_model_is_not_traced_again() -> None:
@@ -343,11 +343,11 @@ def test_without_inputs_parts_are_graphs_unless_their_arguments_are_unknown() ->
 
 def test_retrace_refuses_what_is_not_there() -> None:
     with pytest.raises(PlanError, match=r"cannot be traced as it was: .*; use the model that was compressed"):
-        retrace(LoopsOverTheBatch(), {"missing": ["x"]})
+        retrace(LoopsOverTheBatch(), [Part("missing", True, given=("x",))])
     with pytest.raises(PlanError, match="cannot be traced as it was"):
-        retrace(LoopsOverTheBatch(), {"": ["x"]})
+        retrace(LoopsOverTheBatch(), [Part("", True, given=("x",))])
     with pytest.raises(PlanError, match="0 is a convolution, which is no graph; use the model"):
-        retrace(nn.Sequential(nn.Conv2d(3, 8, 3)), {"0": ["x"]})
+        retrace(nn.Sequential(nn.Conv2d(3, 8, 3)), [Part("0", True, given=("x",))])
 
 
 def test_specialised_to_the_size_of_the_example_is_noticed() -> None:

@@ -317,7 +317,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "graphs is a text": (lambda f: edit(f, lambda c: c.update(graphs="no")), "graphs is 'no'; save"),
     "graphs is missing": (lambda f: edit(f, lambda c: c.pop("graphs") and c), "graphs is None; save"),
     "arguments are a text": (lambda f: edit(f, lambda c: c.update(graphs={"": "x"})), "graphs is .*; save"),
-    "argument is a number": (lambda f: edit(f, lambda c: c.update(graphs={"": [1]})), r"graphs is .*; save"),
+    "argument is a number": (
+        lambda f: edit(f, lambda c: c.update(graphs={"": {"given": [1], "calls": []}})),
+        r"graphs is .*; save",
+    ),
     "plan is a list": (lambda f: edit(f, lambda c: [c]), 'has no list "layers"'),
 }
 

@@ -20,6 +20,7 @@ from fxbasis import (
     fold,
     load,
     number_convs,
+    parts_of,
     save,
     trace,
 )
@@ -89,10 +90,12 @@ def test_keyword_only_arguments(given: dict[str, Any]) -> None:
     assert_same(model(**given), small(**given))
 
 
-def test_an_argument_that_was_left_out_is_refused_later_and_not_ignored() -> None:
-    traced = trace(make(GRAPHS["optional arguments"]).eval(), X)
-    with pytest.raises(AssertionError, match="mask"):
-        traced(X, torch.rand(2, 1, 8, 8))
+def test_an_argument_that_was_left_out_and_comes_later_takes_its_own_way() -> None:
+    model = make(GRAPHS["optional arguments"]).eval()
+    small, _ = quietly(compress, model, X, layers="re:.*", size=1.0)
+    assert parts_of(small)[0].graph
+    for inputs in ((X,), (X, torch.rand(2, 1, 8, 8)), (X, None)):
+        assert_same(model(*inputs), small(*inputs))
 
 
 def test_keyword_arguments_are_used() -> None:
