@@ -6,8 +6,9 @@ autocast. A submodule becomes a *leaf*, which stays Python and decides at run ti
 
 - fx fails (control flow on a value, ``len``, ``int``, iteration, a look-up), also where that is caught,
 - a context such as ``torch.no_grad``, ``torch.autocast`` or a checkpoint is open, which a graph drops,
-- a random number is drawn, which a graph keeps as a constant,
-- an attribute of the module, of its class, or a variable of a function is set, which a graph does not,
+- a random number is drawn, or a generator made without a seed, which a graph keeps as a constant,
+- an attribute of the module, of its class, or a variable of a function is set, or changed is what they hold,
+  however deep: containers, arrays, iterators, generators, objects; a graph does not do that,
 - the class of an argument is asked for, which is not known,
 - its own train() or eval() sets an attribute, which a graph would have read once for all,
 - a tensor made from constants is changed in place, which a graph would do again at each call,
@@ -32,9 +33,10 @@ from torch import fx, nn
 from ..contexts import contexts
 from ..copying import copy_model
 from ..running import seeded
+from .entropy import counted_entropy
 from .graphs import CONSTANT, ObstacleError, renew_constants
 from .guarding import ContextError, GuardedTracer, Mode, blamed_on
-from .states import changed, pictures
+from .states import Picture
 
 __all__ = ["Capture", "capture"]
 
@@ -131,12 +133,11 @@ def _switching(model: nn.Module) -> set[str]:
     own = {name: m for name, m in copied.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
     try:
         copied.train()  # somebody's own may return anything
-        before = pictures(own)
+        before = Picture(own)
         copied.eval()
-        after = pictures(own)
     except Exception:  # one that refuses to be switched does not switch
         return set()
-    return {name for name in own if changed(before[name], after[name]) - {"training"}}
+    return {name for name, _ in before.changed()}
 
 
 class _Subject:
@@ -146,39 +147,44 @@ class _Subject:
         self.root = copy_model(model, share_parameters=True)
         named = self.root.named_modules()
         self.own = {name: m for name, m in named if not isinstance(m, torch.jit.ScriptModule)}
-        self.before = pictures(self.own)
+        self.held = set(vars(self.root))
+        self.before = Picture(self.own)
 
     def trace(self, leaves: Collection[str], defaults: Mapping[str, Any], way: _Way) -> Capture:
         """The graph of one way."""
         tracer = GuardedTracer(leaves)
         for name, module in self.own.items():
-            self.before[name]["training"] = module.training = way.inside if name else way.training
+            module.training = way.inside if name else way.training
             if way.watched:
                 vars(module)["training"] = Mode(tracer, module, module.training)
-        with seeded(1), contexts(gradients=way.gradients, autocast=way.autocast), blamed_on(""):
+        around = contexts(gradients=way.gradients, autocast=way.autocast)
+        with seeded(1), around, counted_entropy(), blamed_on(""):
             graph = tracer.trace(self.root, concrete_args=dict(defaults) or None)
             if tracer.obstacle:
                 raise tracer.obstacle
         constants = self._take_constants(graph)
-        for module in self.own.values():
-            if isinstance(module.training, Mode):
-                module.training = module.training.training
-        for name, after in pictures(self.own).items():
-            others = changed(self.before[name], after)
-            if others:
-                what = f"its attribute {min(others)}"
-                if what.endswith("()"):
-                    what = f"a variable outside of it that {min(others)} uses"
-                raise ObstacleError(f"it sets {what}, which a graph would not", name)
+        self._check_unchanged({"", *tracer.entered}, way)
         for node in graph.find_nodes(op="placeholder"):
             name = str(node.target).rpartition("_")[0]
             node.target = name if name in defaults else node.target
         return Capture(graph, constants, frozenset(tracer.entered))
 
+    def _check_unchanged(self, entered: set[str], way: _Way) -> None:
+        """Refuse state that was set, blaming the innermost of the modules that ran and reach it."""
+        for name, module in self.own.items():
+            mode = module.training.training if isinstance(module.training, Mode) else module.training
+            if mode is not (way.inside if name else way.training):
+                raise ObstacleError("it sets its attribute training, which a graph would not", name)
+            module.training = mode
+        found = dict(self.before.changed())
+        for name, change in found.items():
+            if name in entered or not entered & found.keys():
+                raise ObstacleError(f"it {change}, which a graph would not", name)
+
     def _take_constants(self, graph: fx.Graph) -> dict[str, Any]:
         """What fx put on the copy for the graph, taken off again."""
         names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-        made = {name for name in names - self.before[""].keys() if name in vars(self.root)}
+        made = {name for name in names - self.held if name in vars(self.root)}
         return {name: vars(self.root).pop(name) for name in made}
 
 

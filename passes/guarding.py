@@ -21,15 +21,16 @@ from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import errors
 from ..carrying import has_hooks
 from ..contexts import open_contexts
+from ..errors import FxBasisError
 from ..nests import tensors_of
+from .entropy import entropy_drawn
 from .graphs import ObstacleError
 
 __all__ = ["ContextError", "GuardedTracer", "Mode", "blamed_on", "definition_of"]
 
-_PACKAGE = tuple(str(Path(file).parent) for file in (__file__, errors.__file__))
+_PACKAGE = tuple(str(Path(inspect.getfile(kind)).parent) for kind in (ObstacleError, FxBasisError))
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
 
@@ -272,8 +273,9 @@ def blamed_on(place: str) -> Iterator[None]:
 
 
 def _random_state() -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """Of torch, and of Python and NumPy."""
-    return torch.get_rng_state(), (random.getstate(), np.random.get_state(legacy=False)["state"]["pos"])
+    """Of torch, of Python and NumPy, and how much entropy was asked for, as by new generators."""
+    position = np.random.get_state(legacy=False)["state"]["pos"]
+    return torch.get_rng_state(), (random.getstate(), position, entropy_drawn())
 
 
 def _same_state(one: tuple[torch.Tensor, Any], other: tuple[torch.Tensor, Any]) -> bool:
