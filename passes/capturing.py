@@ -33,9 +33,10 @@ from torch import fx, nn
 from ..contexts import contexts
 from ..copying import copy_model
 from ..running import seeded
+from .blaming import blamed_on
 from .entropy import counted_entropy
 from .graphs import CONSTANT, ObstacleError, renew_constants
-from .guarding import ContextError, GuardedTracer, Mode, blamed_on
+from .guarding import ContextError, GuardedTracer, Mode
 from .states import Picture
 
 __all__ = ["Capture", "capture"]

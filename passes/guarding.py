@@ -5,17 +5,14 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any, NoReturn, cast
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.fx.proxy import ParameterProxy
@@ -23,14 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..carrying import has_hooks
 from ..contexts import open_contexts
-from ..errors import FxBasisError
 from ..nests import tensors_of
-from .entropy import entropy_drawn
+from .blaming import blamed_on, caller, is_the_models
 from .graphs import ObstacleError
 
-__all__ = ["ContextError", "GuardedTracer", "Mode", "blamed_on", "definition_of"]
+__all__ = ["ContextError", "GuardedTracer", "Mode"]
 
-_PACKAGE = tuple(str(Path(inspect.getfile(kind)).parent) for kind in (ObstacleError, FxBasisError))
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
 
@@ -120,24 +115,26 @@ class GuardedTracer(fx.Tracer):
     def note_attribute(self, attribute: _Attribute, code: CodeType) -> None:
         """Keep it where the code has an ``is``, of which a graph sees nothing: then no node comes of it."""
         if _has_is(code, of_none=attribute.attr in _MAY_BE_NONE):
-            reason = f"it compares {attribute.attr} of a value by 'is', which a graph keeps ({_caller()})"
+            reason = f"it compares {attribute.attr} of a value by 'is', which a graph keeps ({caller()})"
             self.attributes.append((attribute, ObstacleError(reason, self.scope.module_path)))
 
     def text_of(self, node: fx.Node) -> str:
         """A text in place of the value's, whose way is followed: only an assert's message may have it."""
         text = f"<{node.name}, text {len(self.texts)}>"
-        reason = f"it needs the text of a value that is known only at run time ({_caller()})"
+        reason = f"it needs the text of a value that is known only at run time ({caller()})"
         self.texts[text] = ObstacleError(reason, self.scope.module_path)
         return text
 
     def refuse(self, reason: str) -> NoReturn:
         """Refuse to trace on; kept, since the model may catch it and go another way."""
-        self.refused = self.refused or ObstacleError(f"{reason} ({_caller()})", self.scope.module_path)
+        self.refused = self.refused or ObstacleError(f"{reason} ({caller()})", self.scope.module_path)
         raise self.refused
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of a module; what it computes from its own tensors beside it is refused."""
-        with _Computed(self, root):
+        tensors = (*root.named_parameters(), *root.named_buffers())
+        held = {id(tensor): name for name, tensor in tensors}
+        with _Computed(self, held), _asked(self, held):
             self.context = open_contexts()
             return super().trace(root, concrete_args)
 
@@ -184,9 +181,17 @@ class GuardedTracer(fx.Tracer):
         if isinstance(attr_val, torch.Tensor):
             for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
                 if held is attr_val:
-                    proxy = functools.partial(_Held, self, name=name, held=held)
-                    return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=proxy)
+                    return self.held_proxy(name, held)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def held_proxy(self, name: str, held: torch.Tensor) -> fx.Proxy:
+        """A parameter or buffer as it is at run time."""
+        proxy = functools.partial(_Held, self, name=name, held=held)
+        return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=proxy)
+
+    def refuse_computed(self) -> NoReturn:
+        """Refuse what is computed of parameters and buffers beside the graph."""
+        self.refuse("it computes from its parameters or buffers, which a graph would not do again")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refused while a context of the model is open."""
@@ -244,71 +249,42 @@ class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     fx sees none of it, and would keep what was computed then as a constant.
     """
 
-    def __init__(self, tracer: GuardedTracer, root: nn.Module) -> None:
+    def __init__(self, tracer: GuardedTracer, held: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer = tracer
-        self.held = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+        self.tracer, self.held = tracer, held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(id(tensor) in self.held for tensor in tensors_of((args, kwargs))):
-            self.tracer.refuse("it computes from its parameters or buffers, which a graph would not do again")
+            self.tracer.refuse_computed()
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def blamed_on(place: str) -> Iterator[None]:
-    """What goes wrong inside is an obstacle in the submodule ``place``, unless it names another."""
-    before = _random_state()
+def _asked(tracer: GuardedTracer, held: Mapping[int, str]) -> Iterator[None]:
+    """Answer for the dtype and device of such tensors with that at run time; refuse their values."""
+
+    def replaced(name: str) -> Any:
+        own = getattr(torch._C.TensorBase, name)
+
+        def kind(tensor: torch.Tensor) -> Any:
+            path = held.get(id(tensor))
+            if path is None or not is_the_models(sys._getframe(1).f_code.co_filename):
+                return own.__get__(tensor)
+            return getattr(tracer.held_proxy(path, tensor), name)
+
+        def values(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return tracer.refuse_computed() if id(tensor) in held else own(tensor, *args, **kwargs)
+
+        return property(kind) if inspect.isdatadescriptor(own) else values
+
+    names = ("dtype", "device", "tolist", "numpy")  # of a class of C, before which that of Python comes
+    for name, answer in {name: replaced(name) for name in names}.items():
+        setattr(torch.Tensor, name, answer)
     try:
         yield
-    except ObstacleError as obstacle:
-        if obstacle.place is None:
-            raise type(obstacle)(f"{obstacle} ({_source_of(obstacle)})", place) from obstacle
-        raise
-    except Exception as error:
-        said = str(error).partition(". ")[0]  # fx goes on with general advice
-        raise ObstacleError(f"{type(error).__name__}: {said} ({_source_of(error)})", place) from error
-    if not _same_state(before, _random_state()):
-        raise ObstacleError("it draws random numbers that a graph would keep as constants", place)
-
-
-def _random_state() -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """Of torch, of Python and NumPy, and how much entropy was asked for, as by new generators."""
-    position = np.random.get_state(legacy=False)["state"]["pos"]
-    return torch.get_rng_state(), (random.getstate(), position, entropy_drawn())
-
-
-def _same_state(one: tuple[torch.Tensor, Any], other: tuple[torch.Tensor, Any]) -> bool:
-    return one[1] == other[1] and torch.equal(one[0], other[0])
-
-
-def _source_of(error: BaseException) -> str:
-    """File and line of the innermost frame outside of torch and of this package."""
-    place, frame = "unknown line", error.__traceback__
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename
-        if _is_the_models(file):
-            place = f"{file}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return place
-
-
-def _caller() -> str:
-    """File and line of the innermost caller outside of torch and of this package, or of a module of torch."""
-    frame, of_torch = cast("FrameType | None", sys._getframe(1)), ""
-    while frame is not None and frame.f_code is not GuardedTracer.trace.__code__:  # whose caller is no model
-        file, place = frame.f_code.co_filename, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        if _is_the_models(file):
-            return place
-        if "/torch/nn/" in file:
-            of_torch = of_torch or place
-        frame = frame.f_back
-    return of_torch or "unknown line"
-
-
-def _is_the_models(file: str) -> bool:
-    """Whether a file is neither of torch nor of this package."""
-    return "/torch/" not in file and not file.startswith(("<", *_PACKAGE))
+    finally:
+        for name in names:
+            delattr(torch.Tensor, name)
 
 
 @functools.cache
@@ -326,13 +302,4 @@ def _asked_by_model() -> bool:
     frame = sys._getframe(2)
     if frame.f_code.co_name == "is_tensor" and frame.f_back is not None:
         frame = frame.f_back
-    return _is_the_models(frame.f_code.co_filename)
-
-
-def definition_of(module: nn.Module) -> str:
-    """File and line where the module's forward is defined."""
-    try:
-        code = inspect.unwrap(type(module).forward).__code__
-    except AttributeError:
-        return "unknown line"
-    return f"{code.co_filename}:{code.co_firstlineno}"
+    return is_the_models(frame.f_code.co_filename)

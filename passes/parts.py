@@ -23,10 +23,10 @@ from ..forms import BasisConv2d
 from ..nests import cloned
 from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled
 from ..snapshots import Snapshot, buffer_values
+from .blaming import definition_of
 from .calls import defaults_of, given_arguments, kind_of_call, left_defaults, wrapped
 from .capturing import capture
 from .graphs import ObstacleError, TracedModule, as_graph
-from .guarding import definition_of
 from .trials import run_trials
 
 __all__ = ["Part", "become_graphs", "find_parts"]

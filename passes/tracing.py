@@ -24,8 +24,8 @@ from ..copying import KEEPS_PARAMETERS, Model, check_module, copy_model
 from ..errors import FxBasisWarning, LayerError, PlanError, TraceError
 from ..forms import BasisConv2d
 from ..running import ExampleInputs
+from .blaming import definition_of
 from .graphs import ObstacleError
-from .guarding import definition_of
 from .parts import Part, become_graphs, find_parts
 
 __all__ = ["Part", "parts_of", "python_in_train", "retrace", "trace"]

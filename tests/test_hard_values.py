@@ -373,3 +373,39 @@ def test_an_identity_that_is_asked_of_other_things_leaves_a_graph() -> None:
             return y if scale is None or self.training is None else y * scale
 
     assert parts_of(trace(AsksForNone().eval(), X))[0].graph
+
+
+class AsksItsParameters(Base):
+    """As diffusers and transformers do."""
+
+    def prepare(self) -> None:
+        self.register_buffer("level", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Any:
+        kind = next(self.parameters())
+        y = self.out(x.to(kind.dtype)) + torch.zeros(1, dtype=kind.dtype, device=next(self.buffers()).device)
+        return y.float() if self.training else y.softmax(1).to(kind.dtype)
+
+
+def test_the_dtype_of_parameters_is_asked_at_each_call() -> None:
+    model = AsksItsParameters().eval()
+    small = compress(model, X, layers="re:.*", size=1.0)
+    assert parts_of(small)[0].graph
+    for made in (small, fold(small)):
+        assert made(X).dtype is torch.float32
+        assert_same(model.double()(X), made.double()(X), 1e-5)
+        assert_same(model.float()(X), made.float()(X), 1e-5)
+    assert not {"dtype", "tolist"} & {*vars(torch.Tensor)}
+
+
+class ListsABuffer(AsksItsParameters):
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x) * self._buffers["level"].tolist()
+
+
+def test_values_of_a_buffer_are_asked_at_each_call() -> None:
+    model = ListsABuffer().eval()
+    small = compress(model, X, layers="re:.*", size=1.0)
+    for each in (model, small):
+        each.level.fill_(3.0)
+    assert_same(model(X), small(X), 1e-5)

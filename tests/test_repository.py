@@ -61,6 +61,7 @@ LAYERS = {
         "passes.graphs",
         "passes.contents",
         "passes.entropy",
+        "passes.blaming",
         "passes.guarding",
         "passes.states",
         "passes.capturing",
