@@ -153,6 +153,8 @@ class _Search:
         """The arguments that calls of the module give; refuses what is not called, or not to be traced."""
         if is_compiled(module):
             raise ObstacleError("torch.compile made it, and runs the module in it")
+        if not callable(type(module).forward):
+            raise ObstacleError("its forward is no method of its class, but made at each call")
         if self.inputs is None:
             if name and left_defaults(module, ()):
                 raise ObstacleError("which of its arguments are given is unknown; pass example inputs")

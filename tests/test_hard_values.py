@@ -409,3 +409,20 @@ def test_values_of_a_buffer_are_asked_at_each_call() -> None:
     for each in (model, small):
         each.level.fill_(3.0)
     assert_same(model(X), small(X), 1e-5)
+
+
+class ChoosesItsForward(Base):
+    @property
+    def forward(self) -> Any:
+        return self.doubled if self.training else self.out
+
+    def doubled(self, x: Tensor) -> Any:
+        return self.out(x) * 2
+
+
+def test_a_forward_that_is_a_property_stays_python() -> None:
+    model = ChoosesItsForward().eval()
+    small = compress(model, X, layers="re:.*", size=1.0)
+    assert "its forward is no method" in parts_of(small)[0].reason
+    assert_same(model(X), small(X), 1e-5)
+    assert_same(model.train()(X), small.train()(X), 1e-4)
