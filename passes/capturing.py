@@ -22,6 +22,7 @@ happens there in train() alone, the graph is that of eval(), and in train() the 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -159,7 +160,8 @@ class _Subject:
             if way.watched:
                 vars(module)["training"] = Mode(tracer, module, module.training)
         around = contexts(gradients=way.gradients, autocast=way.autocast)
-        with seeded(1), around, counted_entropy(), blamed_on(""):
+        with seeded(1), around, counted_entropy(), warnings.catch_warnings(), blamed_on(""):
+            warnings.filterwarnings("ignore", "Was not able to add assertion")  # which is dropped anyway
             graph = tracer.trace(self.root, concrete_args=dict(defaults) or None)
             if tracer.obstacle:
                 raise tracer.obstacle
