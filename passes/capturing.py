@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -48,8 +49,8 @@ class _Way:
     """Modes of the traced module and of those in it, and contexts.
 
     Each of gradients and autocast is on and off in eval() and in train(), together and apart, so that a
-    context that the model opens is not always the one that is open already. Where modes are watched, a
-    module that asks for that of another is refused, since these may differ in any way.
+    context that the model opens is not always the one that is open already. Where modes are watched, the
+    modules are noted that others ask for their mode; it is changed by itself then, of one of them ``turned``.
     """
 
     training: bool
@@ -57,10 +58,17 @@ class _Way:
     gradients: bool
     autocast: bool
     watched: bool = False
+    turned: str = ""
+
+    def mode_of(self, name: str) -> bool:
+        """Whether the module of this name is in train()."""
+        return (self.inside if name else self.training) is not (bool(name) and name == self.turned)
 
     @property
     def what(self) -> str:
         """What differs from eval() throughout."""
+        if self.turned:
+            return f"train() and eval() of {self.turned}"
         return "train() and eval()" if self.training or self.inside else "gradients or autocast on and off"
 
 
@@ -75,11 +83,15 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class Capture:
-    """The graph, its constants by name, the submodules whose forward ran, and why it is of eval() alone."""
+    """The graph, its constants by name, the submodules whose forward ran, and why it is of eval() alone.
+
+    And the submodules that others asked for their mode.
+    """
 
     graph: fx.Graph
     constants: dict[str, Any]
     entered: frozenset[str]
+    asked: frozenset[str]
     eval_only: str = ""
 
 
@@ -97,11 +109,14 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
         try:
             found = subject.trace(leaves, defaults, _EVAL)
             _check_mutations(found.graph)
-            for way in _OTHERS:
+            ways = deque(_OTHERS)
+            while ways:
+                way = ways.popleft()
                 in_eval = way.training  # then those in eval() came out the same
                 other = subject.trace(leaves, defaults, way)
                 _check_same(found, other, way.what)
                 _check_constants(found, other, way.what)
+                ways = deque(sorted([*ways, *_turns(other.asked)], key=lambda way: way.training))
             break
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
@@ -114,6 +129,13 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     constants = found.constants.items()
     renew_constants(found.graph, {name for name, value in constants if isinstance(value, torch.Tensor)})
     return found
+
+
+def _turns(asked: Collection[str]) -> list[_Way]:
+    """Each of these modules by itself in the other mode, in eval(), around train(), and in train()."""
+    return [
+        replace(way, watched=False, turned=name) for name in sorted(asked) for way in (_EVAL, *_OTHERS[1:3])
+    ]
 
 
 def _alike(model: nn.Module, place: str) -> list[str]:
@@ -156,9 +178,9 @@ class _Subject:
         """The graph of one way."""
         tracer = GuardedTracer(leaves)
         for name, module in self.own.items():
-            module.training = way.inside if name else way.training
+            module.training = way.mode_of(name)
             if way.watched:
-                vars(module)["training"] = Mode(tracer, module, module.training)
+                vars(module)["training"] = Mode(tracer, name, module.training)
         around = contexts(gradients=way.gradients, autocast=way.autocast)
         with seeded(1), around, counted_entropy(), warnings.catch_warnings(), blamed_on(""):
             warnings.filterwarnings("ignore", "Was not able to add assertion")  # which is dropped anyway
@@ -170,13 +192,13 @@ class _Subject:
         for node in graph.find_nodes(op="placeholder"):
             name = str(node.target).rpartition("_")[0]
             node.target = name if name in defaults else node.target
-        return Capture(graph, constants, frozenset(tracer.entered))
+        return Capture(graph, constants, frozenset(tracer.entered), frozenset(tracer.asked))
 
     def _check_unchanged(self, entered: set[str], way: _Way) -> None:
         """Refuse state that was set, blaming the innermost of the modules that ran and reach it."""
         for name, module in self.own.items():
             mode = module.training.training if isinstance(module.training, Mode) else module.training
-            if mode is not (way.inside if name else way.training):
+            if mode is not way.mode_of(name):
                 raise ObstacleError("it sets its attribute training, which a graph would not", name)
             module.training = mode
         found = dict(self.before.changed())

@@ -103,6 +103,7 @@ class GuardedTracer(fx.Tracer):
         self.context: tuple[Any, ...] = ()
         self.refused: ObstacleError | None = None
         self.entered: set[str] = set()
+        self.asked: set[str] = set()
         self.texts: dict[str, ObstacleError] = {}
         self.attributes: list[tuple[_Attribute, ObstacleError]] = []
 
@@ -215,14 +216,15 @@ class GuardedTracer(fx.Tracer):
 
 
 class Mode:
-    """Stands for ``training`` of a module, for which no other may ask: a graph would keep the answer."""
+    """Stands for ``training`` of the module ``name``, and notes when the forward of another asks for it."""
 
-    def __init__(self, tracer: GuardedTracer, module: nn.Module, training: bool) -> None:
-        self.tracer, self.module, self.training = tracer, module, training
+    def __init__(self, tracer: GuardedTracer, name: str, training: bool) -> None:
+        self.tracer, self.name, self.training = tracer, name, training
 
     def __bool__(self) -> bool:
-        if self.tracer.root.get_submodule(self.tracer.scope.module_path) is not self.module:
-            self.tracer.refuse("it asks whether a module in it is in train()")
+        root = self.tracer.root
+        if root.get_submodule(self.tracer.scope.module_path) is not root.get_submodule(self.name):
+            self.tracer.asked.add(self.name)
         return self.training
 
     def __eq__(self, other: object) -> bool:

@@ -315,13 +315,34 @@ class DropsByTwoModes(Base):
 def test_parts_beside_each_other_in_other_modes() -> None:
     model = DropsByTwoModes().train()
     small = compress(model, X, layers="re:.*", size=1.0)
-    assert "asks whether a module in it is in train()" in parts_of(small)[0].reason
+    assert "train() and eval() of drop take different ways" in parts_of(small)[0].reason
     outputs = []
     for each in (model, small):
         each.bn.eval()
         seed_all()
         outputs.append(each(X))
     assert_same(*outputs, 1e-5)
+
+
+class AsksAPartForNothing(Base):
+    """As timm's rotary embeddings do: the mode is asked in a method of a part, and changes nothing."""
+
+    class Embedding(nn.Module):
+        augmented = False
+
+        def level(self) -> float:
+            return 2.0 if self.training and self.augmented else 1.0
+
+    def prepare(self) -> None:
+        self.embedding = self.Embedding()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x) * self.embedding.level()
+
+
+def test_a_mode_that_is_asked_for_and_changes_nothing_leaves_a_graph() -> None:
+    (part,) = parts_of(trace(AsksAPartForNothing().eval(), X))
+    assert (part.graph, part.reason) == (True, "")
 
 
 class CarefulUnderAutocast(Base):
