@@ -168,7 +168,7 @@ def run_weight_hooks(module: nn.Module) -> None:
         hook(module, ())
 
 
-def makers_of(conv: nn.Module) -> str:
+def makers_of(conv: nn.Conv2d) -> str:
     """What makes its weight and bias: names of parametrizations and hooks; empty for a plain one."""
     hooks = ", ".join(type(hook).__name__ for hook, _ in weight_hooks(conv).values())
     if hooks:

@@ -30,6 +30,7 @@ REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
 _LIKE_THE_OTHER = ("type_as", "to", "view_as", "expand_as", "reshape_as")
 _KIND = ("shape", "dtype", "device", "ndim", "size", "dim", "is_floating_point")
+_OF_MODULES = frozenset(vars(nn.Module()))
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -122,10 +123,9 @@ def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) 
 def _held_plainly(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters in plain attributes, lists and objects, such as those of a regulariser or an optimizer."""
     for key, value in vars(module).items():
-        if type(value) not in ATOMS and not (key.startswith("_") and isinstance(value, (dict, fx.Graph))):
-            yield from (
-                (f"{key} (a plain attribute)", parameter) for parameter in _parameters_in(value, {id(module)})
-            )
+        if key not in _OF_MODULES and type(value) not in ATOMS and not isinstance(value, fx.Graph):
+            for parameter in _parameters_in(value, {id(module)}):
+                yield f"{key} (a plain attribute)", parameter
 
 
 def _parameters_in(value: Any, seen: set[int]) -> Iterator[nn.Parameter]:

@@ -287,7 +287,7 @@ class Decayed(Base):
 
     def __init__(self, keep: Any) -> None:
         super().__init__(python=False)
-        self.kept = keep(self.conv)
+        self._kept = keep(self.conv)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ class Decayed(Base):
 )
 def test_weights_in_plain_attributes_would_be_orphans(keep: Any) -> None:
     first, second = number_convs(Decayed(keep).eval(), X)
-    assert first.reason == "its parameter is also kept (a plain attribute)"
+    assert first.reason == "its parameter is also _kept (a plain attribute)"
     assert second.status == "ok"
 
 
