@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -73,12 +72,10 @@ class _Way:
 
 
 _EVAL = _Way(False, False, gradients=True, autocast=False)
-_OTHERS = (
-    _Way(False, False, gradients=False, autocast=True, watched=True),
-    _Way(False, True, gradients=True, autocast=True),
-    _Way(True, True, gradients=True, autocast=True),
-    _Way(True, False, gradients=False, autocast=False),
-)
+_WATCHED = _Way(False, False, gradients=False, autocast=True, watched=True)
+_EVAL_AROUND_TRAIN = _Way(False, True, gradients=True, autocast=True)
+_TRAIN = _Way(True, True, gradients=True, autocast=True)
+_TRAIN_AROUND_EVAL = _Way(True, False, gradients=False, autocast=False)
 
 
 @dataclass(frozen=True)
@@ -109,14 +106,11 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
         try:
             found = subject.trace(leaves, defaults, _EVAL)
             _check_mutations(found.graph)
-            ways = deque(_OTHERS)
-            while ways:
-                way = ways.popleft()
+            watched = subject.trace(leaves, defaults, _WATCHED)
+            _check_same(found, watched, _WATCHED.what)
+            for way in _others(watched.asked):
                 in_eval = way.training  # then those in eval() came out the same
-                other = subject.trace(leaves, defaults, way)
-                _check_same(found, other, way.what)
-                _check_constants(found, other, way.what)
-                ways = deque(sorted([*ways, *_turns(other.asked)], key=lambda way: way.training))
+                _check_same(found, subject.trace(leaves, defaults, way), way.what)
             break
         except ObstacleError as obstacle:
             if obstacle.place and obstacle.place not in leaves:
@@ -131,11 +125,12 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
     return found
 
 
-def _turns(asked: Collection[str]) -> list[_Way]:
-    """Each of these modules by itself in the other mode, in eval(), around train(), and in train()."""
-    return [
-        replace(way, watched=False, turned=name) for name in sorted(asked) for way in (_EVAL, *_OTHERS[1:3])
-    ]
+def _others(asked: Collection[str]) -> list[_Way]:
+    """The other ways, those in eval() first; each of the modules asked for its mode in the other one, too."""
+    around = (_EVAL, _EVAL_AROUND_TRAIN, _TRAIN)
+    turned = [replace(way, turned=name) for name in sorted(asked) for way in around]
+    ways = (_EVAL_AROUND_TRAIN, _TRAIN, _TRAIN_AROUND_EVAL, *turned)
+    return sorted(ways, key=lambda way: way.training)
 
 
 def _alike(model: nn.Module, place: str) -> list[str]:
@@ -248,6 +243,7 @@ def _check_same(found: Capture, other: Capture, what: str) -> None:
     for a, b in zip(found.graph.nodes, other.graph.nodes, strict=True):
         if (a.op, a.target, str(a.args), str(a.kwargs)) != (b.op, b.target, str(b.args), str(b.kwargs)):
             raise ObstacleError(f"{reason} {a.name!r}", _owner(a))
+    _check_constants(found, other, what)
 
 
 def _own_work(node: fx.Node) -> tuple[Any, ...]:
