@@ -19,7 +19,7 @@ from ..errors import FxBasisError
 from .entropy import entropy_drawn
 from .graphs import ObstacleError
 
-__all__ = ["blamed_on", "caller", "definition_of", "is_the_models"]
+__all__ = ["blamed_on", "caller", "definition_of", "is_the_models", "model_frame"]
 
 _PACKAGE = tuple(str(Path(inspect.getfile(kind)).parent) for kind in (ObstacleError, FxBasisError))
 
@@ -62,17 +62,22 @@ def source_of(error: BaseException) -> str:
     return place
 
 
-def caller() -> str:
-    """File and line of the innermost caller outside of torch and of this package, or of a module of torch."""
-    frame, of_torch = cast("FrameType | None", sys._getframe(1)), ""
+def model_frame() -> FrameType | None:
+    """The innermost caller outside of torch and of this package; else that of a module of torch."""
+    frame, of_torch = cast("FrameType | None", sys._getframe(1)), None
     while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:  # whose caller is no model
-        file, place = frame.f_code.co_filename, f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        if is_the_models(file):
-            return place
-        if "/torch/nn/" in file:
-            of_torch = of_torch or place
+        if is_the_models(frame.f_code.co_filename):
+            return frame
+        if "/torch/nn/" in frame.f_code.co_filename:
+            of_torch = of_torch or frame
         frame = frame.f_back
-    return of_torch or "unknown line"
+    return of_torch
+
+
+def caller() -> str:
+    """File and line of the model's code that asks."""
+    frame = model_frame()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "unknown line"
 
 
 def is_the_models(file: str) -> bool:

@@ -37,7 +37,8 @@ from ..running import seeded
 from .blaming import blamed_on
 from .entropy import counted_entropy
 from .graphs import CONSTANT, ObstacleError, renew_constants
-from .guarding import ContextError, GuardedTracer, Mode
+from .guarding import ContextError, GuardedTracer
+from .proxies import Mode
 from .states import Picture
 
 __all__ = ["Capture", "capture"]

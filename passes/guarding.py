@@ -2,96 +2,38 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
+import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain
 from types import CodeType
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import ParameterProxy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..carrying import has_hooks
 from ..contexts import open_contexts
 from ..nests import tensors_of
-from .blaming import blamed_on, caller, is_the_models
+from .blaming import blamed_on, caller, is_the_models, model_frame
 from .graphs import ObstacleError
+from .identities import compares_by_is, compares_results
+from .proxies import Attribute, Guarded, Held, Mode
 
-__all__ = ["ContextError", "GuardedTracer", "Mode"]
+__all__ = ["ContextError", "GuardedTracer"]
 
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
-_OF_PROXIES = ("tracer", "node", "root", "attr", "_node")
+_ANSWERING = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+_PART_OF = (operator.getitem, getattr, "get", "pop", "__getitem__")
 
 
 class ContextError(ObstacleError):
     """A context that a graph would drop, in whichever mode it was seen."""
-
-
-class _Guarded(fx.Proxy):
-    """A value that is not known: what would need it is refused, also where the model catches the error."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__array_"):
-            self._refuse("the array")
-        found = _Attribute(self, name)
-        if inspect.isdatadescriptor(getattr(torch.Tensor, name, None)):
-            cast(GuardedTracer, self.tracer).note_attribute(found, sys._getframe(1).f_code)
-        return found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OF_PROXIES:  # a graph has no such step
-            cast(GuardedTracer, self.tracer).refuse(
-                f"it sets {name} of a value that is known only at run time"
-            )
-        super().__setattr__(name, value)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """What ``isinstance`` asks for where the type does not answer; of an argument another may come."""
-        node = vars(self).get("node")  # an attribute has none until it is needed
-        if node is not None and node.op == "placeholder" and _asked_by_model():
-            self._refuse("the class")
-        return type(self)
-
-    def _refuse(self, what: str) -> Any:
-        cast(GuardedTracer, self.tracer).refuse(f"it needs {what} of a value that is known only at run time")
-
-    def __hash__(self) -> int:
-        return cast(int, self._refuse("the hash"))
-
-    def __len__(self) -> int:
-        return cast(int, self._refuse("the length"))
-
-    def __index__(self) -> int:
-        return cast(int, self._refuse("the number"))
-
-    def __int__(self) -> int:
-        return cast(int, self._refuse("the number"))
-
-    def __float__(self) -> float:
-        return cast(float, self._refuse("the number"))
-
-    def __str__(self) -> str:
-        return cast(GuardedTracer, self.tracer).text_of(self.node)
-
-    def __format__(self, spec: str) -> str:
-        return cast(GuardedTracer, self.tracer).text_of(self.node)
-
-    def __array__(self, *_: Any, **__: Any) -> Any:
-        return self._refuse("the array")
-
-
-class _Attribute(fx.proxy.Attribute, _Guarded):
-    """An attribute of such a value; its node is made where the graph needs it."""
-
-    _node: fx.Node | None
 
 
 class GuardedTracer(fx.Tracer):
@@ -105,19 +47,28 @@ class GuardedTracer(fx.Tracer):
         self.entered: set[str] = set()
         self.asked: set[str] = set()
         self.texts: dict[str, ObstacleError] = {}
-        self.attributes: list[tuple[_Attribute, ObstacleError]] = []
+        self.attributes: list[tuple[Attribute, ObstacleError]] = []
+        self.answers: list[tuple[fx.Node, ObstacleError]] = []
 
     @property
     def obstacle(self) -> ObstacleError | None:
-        """What was refused, a text that is in no assert's message, or an attribute asked for by ``is``."""
+        """What was refused, a text that is in no assert's message, or what only ``is`` can have asked for."""
         compared = (error for attribute, error in self.attributes if attribute._node is None)
-        return self.refused or next(iter(self.texts.values()), None) or next(compared, None)
+        unread = (error for node, error in self.answers if not node.users)
+        return self.refused or next(iter(self.texts.values()), None) or next(chain(compared, unread), None)
 
-    def note_attribute(self, attribute: _Attribute, code: CodeType) -> None:
+    def note_attribute(self, attribute: Attribute, code: CodeType) -> None:
         """Keep it where the code has an ``is``, of which a graph sees nothing: then no node comes of it."""
-        if _has_is(code, of_none=attribute.attr in _MAY_BE_NONE):
+        if compares_by_is(code, of_none=attribute.attr in _MAY_BE_NONE):
             reason = f"it compares {attribute.attr} of a value by 'is', which a graph keeps ({caller()})"
             self.attributes.append((attribute, ObstacleError(reason, self.scope.module_path)))
+
+    def _note_answer(self, node: fx.Node) -> None:
+        """Keep a truth that the code may ask for by ``is``: then nothing is computed from it."""
+        frame = model_frame()
+        if frame is not None and compares_results(frame.f_code):
+            reason = f"it compares the answer of {node.name!r} by 'is', which a graph keeps ({caller()})"
+            self.answers.append((node, ObstacleError(reason, self.scope.module_path)))
 
     def text_of(self, node: fx.Node) -> str:
         """A text in place of the value's, whose way is followed: only an assert's message may have it."""
@@ -141,7 +92,7 @@ class GuardedTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A guarded value."""
-        return _Guarded(node, self)
+        return Guarded(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Refused, as by fx, but for good."""
@@ -172,10 +123,31 @@ class GuardedTracer(fx.Tracer):
         """Enter a submodule that is no leaf; what goes wrong inside is its own."""
         place = self.path_of_module(m)
         if self.is_leaf_module(m, place):
+            if self._stays_python(m, place):
+                self._refuse_compared(f"what {place}, which stays Python, gives back")
             return super().call_module(m, forward, args, kwargs)
         self.entered.add(place)
         with blamed_on(place):
             return super().call_module(m, forward, args, kwargs)
+
+    def _stays_python(self, module: nn.Module, place: str) -> bool:
+        """Whether it is a leaf that may answer with anything."""
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        return scripted or place in self.leaves or (has_hooks(module) and not isinstance(module, nn.Conv2d))
+
+    def comes_from_python(self, node: fx.Node) -> bool:
+        """Whether the value is an argument, what a part gives back that stays Python, or part of either."""
+        while node.op in ("call_function", "call_method") and node.target in _PART_OF:
+            node = node.args[0]  # type: ignore[assignment]
+        if node.op != "call_module":
+            return node.op == "placeholder"
+        return self._stays_python(self.root.get_submodule(str(node.target)), str(node.target))
+
+    def _refuse_compared(self, what: str) -> None:
+        """Refuse to go on where the code that asks compares what it computes by ``is``."""
+        frame = model_frame()
+        if frame is not None and compares_results(frame.f_code):
+            self.refuse(f"it may compare {what} by 'is', which a graph keeps")
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A buffer is read at each call, as parameters are; fx would keep what was computed from it."""
@@ -187,7 +159,7 @@ class GuardedTracer(fx.Tracer):
 
     def held_proxy(self, name: str, held: torch.Tensor) -> fx.Proxy:
         """A parameter or buffer as it is at run time."""
-        proxy = functools.partial(_Held, self, name=name, held=held)
+        proxy = functools.partial(Held, self, name=name, held=held)
         return self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=proxy)
 
     def refuse_computed(self) -> NoReturn:
@@ -201,6 +173,8 @@ class GuardedTracer(fx.Tracer):
                 "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
             )
         node = super().create_node(*args, **kwargs)
+        if node.target in _ANSWERING:
+            self._note_answer(node)
         if node.target is torch._assert:
             self.texts = {text: told for text, told in self.texts.items() if text not in str(node.args[1:])}
         return node
@@ -213,36 +187,6 @@ class GuardedTracer(fx.Tracer):
             items = [self.create_arg((key, value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         return super().create_arg(a)
-
-
-class Mode:
-    """Stands for ``training`` of the module ``name``, and notes when the forward of another asks for it."""
-
-    def __init__(self, tracer: GuardedTracer, name: str, training: bool) -> None:
-        self.tracer, self.name, self.training = tracer, name, training
-
-    def __bool__(self) -> bool:
-        root = self.tracer.root
-        if root.get_submodule(self.tracer.scope.module_path) is not root.get_submodule(self.name):
-            self.tracer.asked.add(self.name)
-        return self.training
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self) == other
-
-    def __hash__(self) -> int:
-        return hash(bool(self))
-
-    def __index__(self) -> int:
-        return int(bool(self))
-
-
-class _Held(_Guarded, ParameterProxy):
-    """A parameter or buffer, whose shape is known while tracing."""
-
-    def __init__(self, tracer: fx.Tracer, node: fx.Node, name: str, held: torch.Tensor) -> None:
-        fx.Proxy.__init__(self, node, tracer)
-        vars(self).update(param=held, name=name)
 
 
 class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -287,21 +231,3 @@ def _asked(tracer: GuardedTracer, held: Mapping[int, str]) -> Iterator[None]:
     finally:
         for name in names:
             delattr(torch.Tensor, name)
-
-
-@functools.cache
-def _has_is(code: CodeType, of_none: bool) -> bool:
-    """Whether the code compares something by ``is``; with None, only where ``of_none``."""
-    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
-    if of_none and any(name.endswith("_NONE") for name, _ in steps):  # a jump
-        return True
-    with_none = ("LOAD_CONST", None)
-    return any(two[0] == "IS_OP" and (of_none or one != with_none) for one, two in pairwise(steps))
-
-
-def _asked_by_model() -> bool:
-    """Whether the code that asks is neither of torch nor of this package."""
-    frame = sys._getframe(2)
-    if frame.f_code.co_name == "is_tensor" and frame.f_back is not None:
-        frame = frame.f_back
-    return is_the_models(frame.f_code.co_filename)

@@ -62,6 +62,8 @@ LAYERS = {
         "passes.contents",
         "passes.entropy",
         "passes.blaming",
+        "passes.identities",
+        "passes.proxies",
         "passes.guarding",
         "passes.states",
         "passes.capturing",

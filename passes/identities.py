@@ -1,0 +1,76 @@
+"""What code compares by ``is``, told from its bytecode: a graph sees nothing of it, and keeps the answer."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Iterator
+from itertools import pairwise
+from types import CodeType
+
+__all__ = ["compares_by_is", "compares_results"]
+
+_SILENT = ("CACHE", "EXTENDED_ARG", "NOT_TAKEN")
+_LOCAL = ("LOAD_FAST", "LOAD_DEREF")
+_FIXED = ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_SMALL_INT", "LOAD_COMMON_CONSTANT")
+
+
+@functools.cache
+def compares_by_is(code: CodeType, of_none: bool) -> bool:
+    """Whether the code compares something by ``is``; with None, only where ``of_none``.
+
+    >>> compares_by_is((lambda x: x is True).__code__, of_none=False)
+    True
+    """
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    if of_none and any(name.endswith("_NONE") for name, _ in steps):  # a jump
+        return True
+    with_none = ("LOAD_CONST", None)
+    return any(two[0] == "IS_OP" and (of_none or one != with_none) for one, two in pairwise(steps))
+
+
+@functools.cache
+def compares_results(code: CodeType) -> bool:
+    """Whether ``is`` is asked of what the code computes, not only of its arguments and their attributes.
+
+    Also in functions and comprehensions inside of it.
+
+    >>> compares_results((lambda f, x: f(x) is None).__code__)
+    True
+    >>> compares_results((lambda f, x: x[0] is None).__code__)
+    False
+    """
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
+    kept = (step for step in steps if step.opname.startswith(("STORE_FAST", "STORE_DEREF")))
+    stored = {name for step in kept for name in _names(step)}
+    if any(names is None or names & stored for names in _compared(steps)):
+        return True
+    return any(compares_results(part) for part in code.co_consts if isinstance(part, CodeType))
+
+
+def _compared(steps: list[dis.Instruction]) -> Iterator[set[str] | None]:
+    """The local names from which each side is read; None where it is computed on the spot."""
+    for index, step in enumerate(steps):
+        if step.opname == "IS_OP":
+            names, start = _operand(steps, index)
+            yield names
+            yield _operand(steps, start)[0]
+        elif step.opname.endswith("_NONE"):  # a jump
+            yield _operand(steps, index)[0]
+
+
+def _operand(steps: list[dis.Instruction], end: int) -> tuple[set[str] | None, int]:
+    """The names of the operand that is complete before the step ``end``, and where it begins."""
+    start = end - 1
+    while steps[start].opname == "LOAD_ATTR":
+        start -= 1
+    step = steps[start]
+    if step.opname == "BINARY_SUBSCR" or (step.opname == "BINARY_OP" and step.argrepr == "[]"):
+        return _operand(steps, _operand(steps, start)[1])
+    if step.opname.startswith(_LOCAL):
+        return _names(step), start
+    return (set() if step.opname.startswith(_FIXED) else None), start
+
+
+def _names(step: dis.Instruction) -> set[str]:
+    return set(step.argval) if isinstance(step.argval, tuple) else {step.argval}
