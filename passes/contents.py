@@ -34,7 +34,7 @@ from torch import nn
 
 from ..nests import ATOMS
 
-__all__ = ["VALUES", "Contents", "Opener", "is_own", "is_own_name", "named_in_class", "opener_of"]
+__all__ = ["VALUES", "Contents", "Opener", "is_own", "is_own_name", "named_in_class", "names_in", "opener_of"]
 
 VALUES = ATOMS | {bytes, complex}
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "fxbasis"})
@@ -192,15 +192,15 @@ def _of_function(value: FunctionType, imported: dict[str, Any]) -> list[Any]:
     parts = [value.__code__, *kept, *vars(value), *vars(value).values()]
     space = value.__globals__
     if is_own_name(space.get("__name__")):
-        parts += _first(_named(ChainMap(space, imported), _names(value.__code__), set()))
+        parts += _first(_named(ChainMap(space, imported), names_in(value.__code__), set()))
     return parts
 
 
 @functools.lru_cache(4096)
-def _names(code: CodeType) -> tuple[str, ...]:
+def names_in(code: CodeType) -> tuple[str, ...]:
     """The names of globals and attributes in a function's code, and in that of functions inside."""
     inner = [part for part in code.co_consts if isinstance(part, CodeType)]
-    return tuple(dict.fromkeys((*code.co_names, *(name for part in inner for name in _names(part)))))
+    return tuple(dict.fromkeys((*code.co_names, *(name for part in inner for name in names_in(part)))))
 
 
 def _named(space: Mapping[str, Any], names: tuple[str, ...], seen: set[int]) -> Iterator[Any]:

@@ -5,7 +5,7 @@ the model's class at once: only ``forward`` is the graph's. Every submodule, par
 hook stays, in the original order, and so do methods, properties and ``isinstance``: a parent that asks its
 child for an attribute, or calls another of its methods, gets what it got before. Where train() and eval()
 take different ways, the graph is that of eval(), and in train() the forward of the model's class runs; so it
-does for kinds of calls on which the graph was not proven.
+does for kinds of calls on which the graph was not proven, and after an attribute was set that its code reads.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import types
 from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from ..errors import TraceError, UsageError
+from .attributes import Attributes, Places, places_of, unchanged
 from .calls import defaults_of, kind_of_call
 
 __all__ = ["CONSTANT", "ObstacleError", "TracedModule", "as_graph", "renew_constants"]
@@ -54,6 +56,8 @@ class TracedModule(fx.GraphModule, _Blank):
 
     _eval_only: str = ""
     _calls: frozenset[str] = frozenset()
+    _attributes: Attributes = MappingProxyType({})
+    _places: Places
     _proven_forward: Any = None
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "TracedModule") -> None:
@@ -61,20 +65,23 @@ class TracedModule(fx.GraphModule, _Blank):
         for key, value in root.__dict__.items():
             if key in _STATE or "_hook" in key or key not in self.__dict__:
                 self.__dict__[key] = value
+        cast(Any, type(self))._places = places_of(self, self._attributes)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Leave out what the model's class does for its subclasses, such as keeping a register of them."""
 
     def recompile(self) -> Any:
-        """Make forward from the graph; in train() that of the model's class, where the graph is eval()'s."""
+        """Make forward from the graph; for what it does not serve, that of the model's class runs."""
         code, kind = super().recompile(), cast(Any, type(self))
         python = _model_class(kind).forward
-        if self._eval_only:
-            kind.forward = _in_eval(kind.forward, python)
-        kind._proven_forward = kind.forward
-        if self._calls:
-            kind.forward = _on_known_calls(kind.forward, python)
+        kind._proven_forward = _in_eval(kind.forward, python) if self._eval_only else kind.forward
+        kind.forward = _where_proven(kind._proven_forward, python)
+        kind._places = places_of(self, self._attributes)
         return code
+
+    def _is_as_traced(self) -> bool:
+        """Whether its attributes are those that the graph kept, and its parts those of the last pass."""
+        return unchanged(cast(Any, type(self))._places)
 
     def serve(self, calls: Collection[str]) -> None:
         """Run the graph for these kinds of calls, the model's own forward for others; for all without any."""
@@ -94,7 +101,7 @@ class TracedModule(fx.GraphModule, _Blank):
         kind = _model_class(type(self))
         if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
             return rebuild, arguments  # a class that cannot be found again: a plain GraphModule
-        return _restored, (kind, rebuild, arguments, self._calls)
+        return _restored, (kind, rebuild, arguments, self._calls, dict(self._attributes))
 
     def _deepcopy_init(self) -> Any:
         name = type(self).__name__
@@ -110,7 +117,11 @@ def _model_class(kind: type) -> Any:
 
 
 def _restored(
-    kind: type[nn.Module], rebuild: Any, arguments: tuple[Any, ...], calls: frozenset[str]
+    kind: type[nn.Module],
+    rebuild: Any,
+    arguments: tuple[Any, ...],
+    calls: frozenset[str],
+    attributes: Attributes,
 ) -> TracedModule:
     """From a pickle: the graph as fx makes it, on everything that the module held, in the model's class."""
     plain, root = rebuild(*arguments), nn.Module()
@@ -120,7 +131,7 @@ def _restored(
     made = {name: getattr(plain, name) for name in names if name.startswith(CONSTANT)}
     vars(root).update(made)  # fx has traced the graph's code, and made their copies anew
     renew_constants(graph, made)
-    restored = _traced_class(kind, "")(root, graph, kind.__name__)
+    restored = _traced_class(kind, attributes)(root, graph, kind.__name__)
     restored.serve(calls)
     return restored
 
@@ -154,26 +165,32 @@ def _in_eval(graph: Any, python: Any) -> Any:
     return forward
 
 
-def _on_known_calls(graph: Any, python: Any) -> Any:
-    """The forward that takes the graph for the kinds of calls on which it was proven, and for proxies."""
+def _where_proven(graph: Any, python: Any) -> Any:
+    """The forward that takes the graph for proxies, and for calls and attributes as it was proven on them."""
     defaults = defaults_of(python)
 
     @functools.wraps(graph)
     def forward(self: TracedModule, *args: Any, **kwargs: Any) -> Any:
-        traced = any(isinstance(part, fx.Proxy) for part in (*args, *kwargs.values()))
-        known = traced or kind_of_call(defaults, args, kwargs) in self._calls
-        return (graph if known else python)(self, *args, **kwargs)
+        if not any(isinstance(part, fx.Proxy) for part in (*args, *kwargs.values())):
+            known = not self._calls or kind_of_call(defaults, args, kwargs) in self._calls
+            if not known or not (torch.compiler.is_compiling() or self._is_as_traced()):
+                return python(self, *args, **kwargs)
+        return graph(self, *args, **kwargs)
 
     return forward
 
 
 def as_graph(
-    module: nn.Module, graph: fx.Graph, constants: Mapping[str, Any], eval_only: str = ""
+    module: nn.Module,
+    graph: fx.Graph,
+    constants: Mapping[str, Any],
+    attributes: Attributes,
+    eval_only: str = "",
 ) -> TracedModule:
     """A graph on the submodules and tensors of ``module``, and on constants that its forward makes.
 
     Constants become plain attributes, which ``to`` leaves as they are, as forward would make them.
-    ``eval_only`` is why the graph does not serve in train(), where it does not.
+    ``attributes`` are those that the graph keeps; ``eval_only`` is why it does not serve in train().
 
     Raises:
         ObstacleError: when the class or the graph cannot be a GraphModule.
@@ -181,7 +198,7 @@ def as_graph(
     _check_class(module)
     vars(module).update(constants)
     try:
-        return _traced_class(type(module), eval_only)(module, graph, type(module).__name__)
+        return _traced_class(type(module), attributes, eval_only)(module, graph, type(module).__name__)
     except Exception as error:  # a name that is a keyword of Python, a default that fx would flatten
         raise ObstacleError(f"its graph is no Python code: {type(error).__name__}: {error}") from error
     finally:
@@ -189,11 +206,13 @@ def as_graph(
             vars(module).pop(key, None)
 
 
-def _traced_class(model_class: type[nn.Module], eval_only: str) -> type[TracedModule]:
+def _traced_class(
+    model_class: type[nn.Module], attributes: Attributes, eval_only: str = ""
+) -> type[TracedModule]:
     sequential = issubclass(model_class, nn.Sequential)
     body = {name: _refusing(name) for name in _GROWING if sequential}
     body |= {"__getitem__": _part_of} if sequential else {}
-    body |= {"__module__": model_class.__module__, "_eval_only": eval_only}
+    body |= {"__module__": model_class.__module__, "_eval_only": eval_only, "_attributes": attributes}
     return types.new_class(
         model_class.__name__, (TracedModule, model_class), exec_body=lambda space: space.update(body)
     )

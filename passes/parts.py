@@ -23,6 +23,7 @@ from ..forms import BasisConv2d
 from ..nests import cloned
 from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled
 from ..snapshots import Snapshot, buffer_values
+from .attributes import attributes_of
 from .blaming import definition_of
 from .calls import defaults_of, given_arguments, kind_of_call, left_defaults, wrapped
 from .capturing import capture
@@ -190,7 +191,8 @@ def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
     """The graph of one module, for calls that give these arguments."""
     try:
         captured = capture(module, left_defaults(module, given))
-        return as_graph(module, captured.graph, captured.constants, captured.eval_only)
+        kept = attributes_of(module, captured.entered)
+        return as_graph(module, captured.graph, captured.constants, kept, captured.eval_only)
     except ObstacleError as obstacle:
         line = "" if ".py:" in str(obstacle) else f" ({definition_of(module)})"
         raise ObstacleError(f"{obstacle}{line}") from obstacle

@@ -58,8 +58,9 @@ LAYERS = {
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
     2: [
         "passes.calls",
-        "passes.graphs",
         "passes.contents",
+        "passes.attributes",
+        "passes.graphs",
         "passes.entropy",
         "passes.blaming",
         "passes.identities",
