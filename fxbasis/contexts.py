@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["contexts", "open_contexts"]
+__all__ = ["contexts", "open_contexts", "rare_contexts"]
 
 _KINDS = ("cpu", "cuda")
 
@@ -40,3 +40,15 @@ def contexts(*, gradients: bool, autocast: bool) -> Iterator[None]:
         finally:
             for kind, enabled in zip(_KINDS, before, strict=True):
                 torch.set_autocast_enabled(kind, enabled)
+
+
+@contextmanager
+def rare_contexts() -> Iterator[None]:
+    """Inference mode, and another dtype of autocast than by default."""
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_autocast_dtype("cpu", before)

@@ -21,6 +21,7 @@ from .errors import FxBasisError, InputError, LayerError
 from .nests import cloned, map_tensors, tensors_in, tensors_of
 
 COMPILED = "_orig_mod"
+_NEEDS_GRADIENTS = "does not require grad"
 ExampleInputs: TypeAlias = torch.Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -97,8 +98,14 @@ def run(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = Fal
     Raises:
         InputError: when the model fails on the inputs; the model's own message is kept.
     """
-    with torch.no_grad(), seeded(), in_mode(model, training):
-        return call(model, example_inputs)
+    try:
+        with torch.no_grad(), seeded(), in_mode(model, training):
+            return call(model, example_inputs)
+    except InputError as error:
+        if _NEEDS_GRADIENTS not in str(error.__cause__):
+            raise
+    with torch.enable_grad(), seeded(), in_mode(model, training):  # its forward asks for gradients itself
+        return map_tensors(torch.Tensor.detach, call(model, example_inputs))
 
 
 def train_once(model: nn.Module, example_inputs: ExampleInputs) -> None:

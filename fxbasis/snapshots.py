@@ -36,6 +36,7 @@ class Snapshot:
     def __init__(self, modules: Iterable[nn.Module], since: Snapshot | None = None) -> None:
         modules = list(modules)
         self._attributes = _lend_copies(modules) if since is None else _attributes(modules)
+        self._scripted = [vars(module) for module in modules if isinstance(module, torch.jit.ScriptModule)]
         members = [held for module in modules for held in (*_members_of(module), *_hooks_of(module))]
         self._members = [(held, dict(held)) for held in members if held]
         self._empty = [held for held in members if not held]  # most: a module has a dozen dicts for hooks
@@ -55,6 +56,8 @@ class Snapshot:
             for key in held.keys() - before.keys() - _MODULE_KEYS:
                 del held[key]
             held.update(before)
+        for held in self._scripted:  # which keeps the forward of what it was lent
+            held.pop("forward", None)
         for held in self._empty:  # what a forward adds
             held.clear()
         for held, names in self._members:  # or puts where None was

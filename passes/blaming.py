@@ -19,7 +19,7 @@ from ..errors import FxBasisError
 from .entropy import entropy_drawn
 from .graphs import ObstacleError
 
-__all__ = ["blamed_on", "caller", "definition_of", "is_the_models", "model_frame"]
+__all__ = ["blamed_on", "caller", "definition_of", "frames_of_module", "is_the_models", "model_frame"]
 
 _PACKAGE = tuple(str(Path(inspect.getfile(kind)).parent) for kind in (ObstacleError, FxBasisError))
 
@@ -72,6 +72,17 @@ def model_frame() -> FrameType | None:
             of_torch = of_torch or frame
         frame = frame.f_back
     return of_torch
+
+
+def frames_of_module() -> Iterator[FrameType]:
+    """The frames of the model's code inside of the module that is being traced, the innermost first."""
+    frame = model_frame()
+    while frame is not None and frame.f_code.co_name != "call_module":
+        if frame.f_code is fx.Tracer.trace.__code__:
+            return
+        if is_the_models(frame.f_code.co_filename):
+            yield frame
+        frame = frame.f_back
 
 
 def caller() -> str:

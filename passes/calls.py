@@ -7,9 +7,12 @@ another; a graph kept the answers. ``kind_of_call`` is the text of all these, wi
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from itertools import count
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from torch import nn
 from ..nests import ATOMS, parts_of_object
 
 __all__ = ["defaults_of", "given_arguments", "kind_of_call", "left_defaults", "wrapped"]
+
+_NUMBERS = count()
 
 
 @contextmanager
@@ -77,31 +82,52 @@ def kind_of_call(defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: Map
     """
     names = [*defaults, *(f"*{index}" for index in range(len(args) - len(defaults)))]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    seen: list[tuple[str, Any]] = []
-    kinds: list[str] = []
-    for name, value in given.items():
-        if name in defaults and value is defaults[name]:
-            continue
-        same = [other for other, known in seen if known is value]
-        kinds.append(f"{name}: {same[0] if same else _kind_of(value)}")
-        if isinstance(value, torch.Tensor):
-            seen.append((name, value))
-    return ", ".join(kinds)
+    seen: dict[int, str] = {}
+    return ", ".join(
+        f"{name}: {_kind_of(value, name, seen)}"
+        for name, value in given.items()
+        if not (name in defaults and value is defaults[name])
+    )
 
 
-def _kind_of(value: Any, depth: int = 4) -> str:
-    if isinstance(value, torch.Tensor):
-        return "Tensor"
+def _kind_of(value: Any, name: str, seen: dict[int, str], depth: int = 8) -> str:
+    """The kind of one argument, or the ``name`` under which it was seen before."""
     kind = type(value)
-    if value is None or kind is bool or isinstance(value, Enum):
+    if value is None or kind is bool or isinstance(value, (Enum, torch.dtype)):
         return str(value)
-    if kind in ATOMS or isinstance(value, nn.Module) or depth == 0:
+    if kind in ATOMS:
+        return kind.__name__
+    if seen.setdefault(id(value), name) != name:
+        return seen[id(value)]
+    if isinstance(value, torch.Tensor):
+        own = kind is nn.Parameter or not kind.__module__.startswith("torch")
+        return kind.__name__ if own else "Tensor"
+    if isinstance(value, nn.Module) or depth == 0:
         return kind.__name__
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', kind.__name__)}"
+        return _kind_of_function(value)
     if isinstance(value, (list, tuple)):
-        return f"{kind.__name__}({', '.join(_kind_of(part, depth - 1) for part in value)})"
-    parts = value if isinstance(value, Mapping) else parts_of_object(value) or {}
-    return (
-        f"{kind.__name__}({', '.join(f'{key}: {_kind_of(part, depth - 1)}' for key, part in parts.items())})"
-    )
+        parts: Mapping[Any, Any] = dict(enumerate(value))
+        return f"{kind.__name__}({', '.join(_kinds_of(parts, name, seen, depth).values())})"
+    parts = value if isinstance(value, Mapping) else _parts_of(value)
+    kinds = _kinds_of(parts, name, seen, depth).items()
+    return f"{kind.__name__}({', '.join(f'{key}: {part}' for key, part in kinds)})"
+
+
+def _kinds_of(parts: Mapping[Any, Any], name: str, seen: dict[int, str], depth: int) -> dict[Any, str]:
+    return {key: _kind_of(part, f"{name}[{key}]", seen, depth - 1) for key, part in parts.items()}
+
+
+def _parts_of(value: Any) -> dict[str, Any]:
+    slots = (key for owner in type(value).__mro__ for key in vars(owner).get("__slots__", ()))
+    return (parts_of_object(value) or {}) | {key: getattr(value, key) for key in slots if hasattr(value, key)}
+
+
+def _kind_of_function(value: Callable[..., Any]) -> str:
+    """Its name, where that finds it; what else has the name is another one each time."""
+    module, name = getattr(value, "__module__", ""), getattr(value, "__qualname__", "")
+    try:
+        found = attrgetter(name)(sys.modules.get(module or "builtins"))
+    except AttributeError:
+        found = None
+    return f"{module}.{name}" if found is value else f"{name} {next(_NUMBERS)}"

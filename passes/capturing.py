@@ -9,7 +9,8 @@ autocast. A submodule becomes a *leaf*, which stays Python and decides at run ti
 - a random number is drawn, or a generator made without a seed, which a graph keeps as a constant,
 - an attribute of the module, of its class, or a variable of a function is set, or changed is what they hold,
   however deep: containers, arrays, iterators, generators, objects; a graph does not do that,
-- the class of an argument is asked for, which is not known,
+- the class of a value is asked for, which is not known, or ``is`` of what may be another at each call,
+- an error is caught of what is computed, or parameters are exchanged, hooked or asked for their gradients,
 - its own train() or eval() sets an attribute, which a graph would have read once for all,
 - a tensor made from constants is changed in place, which a graph would do again at each call,
 - the ways differ.
@@ -24,6 +25,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..contexts import contexts
+from ..contexts import contexts, rare_contexts
 from ..copying import copy_model
 from ..running import seeded
 from .blaming import blamed_on
@@ -69,7 +71,9 @@ class _Way:
         """What differs from eval() throughout."""
         if self.turned:
             return f"train() and eval() of {self.turned}"
-        return "train() and eval()" if self.training or self.inside else "gradients or autocast on and off"
+        if self.watched:
+            return "gradients, inference mode or autocast on and off, or a mode asked for by 'is',"
+        return "train() and eval()"
 
 
 _EVAL = _Way(False, False, gradients=True, autocast=False)
@@ -178,7 +182,8 @@ class _Subject:
             if way.watched:
                 vars(module)["training"] = Mode(tracer, name, module.training)
         around = contexts(gradients=way.gradients, autocast=way.autocast)
-        with seeded(1), around, counted_entropy(), warnings.catch_warnings(), blamed_on(""):
+        rare = rare_contexts() if way.watched else nullcontext()
+        with seeded(1), rare, around, counted_entropy(), warnings.catch_warnings(), blamed_on(""):
             warnings.filterwarnings("ignore", "Was not able to add assertion")  # which is dropped anyway
             graph = tracer.trace(self.root, concrete_args=dict(defaults) or None)
             if tracer.obstacle:

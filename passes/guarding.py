@@ -5,31 +5,41 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from itertools import chain
-from types import CodeType
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..carrying import has_hooks
 from ..contexts import open_contexts
 from ..nests import tensors_of
-from .blaming import blamed_on, caller, is_the_models, model_frame
+from .blaming import blamed_on, caller, frames_of_module, is_the_models, model_frame
+from .codes import asks_for_types, catches_at, compares_by_is, compares_results
 from .graphs import ObstacleError
-from .identities import compares_by_is, compares_results
+from .patching import patched
 from .proxies import Attribute, Guarded, Held, Mode
 
 __all__ = ["ContextError", "GuardedTracer"]
 
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _ANSWERING = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
-_PART_OF = (operator.getitem, getattr, "get", "pop", "__getitem__")
+_MAY_BE_THE_SAME = (
+    "to",
+    "float",
+    "half",
+    "double",
+    "bfloat16",
+    "int",
+    "long",
+    "type",
+    "cpu",
+    "cuda",
+    "contiguous",
+)
 
 
 class ContextError(ObstacleError):
@@ -42,6 +52,9 @@ class GuardedTracer(fx.Tracer):
     def __init__(self, leaves: Collection[str] = ()) -> None:
         super().__init__(param_shapes_constant=True)
         self.leaves = leaves
+        self.held: dict[int, str] = {}
+        self.contained: set[int] = set()
+        self.members: dict[int, tuple[Any, ...]] = {}
         self.context: tuple[Any, ...] = ()
         self.refused: ObstacleError | None = None
         self.entered: set[str] = set()
@@ -57,18 +70,12 @@ class GuardedTracer(fx.Tracer):
         unread = (error for node, error in self.answers if not node.users)
         return self.refused or next(iter(self.texts.values()), None) or next(chain(compared, unread), None)
 
-    def note_attribute(self, attribute: Attribute, code: CodeType) -> None:
+    def note_attribute(self, attribute: Attribute, asking: FrameType) -> None:
         """Keep it where the code has an ``is``, of which a graph sees nothing: then no node comes of it."""
-        if compares_by_is(code, of_none=attribute.attr in _MAY_BE_NONE):
+        frame = asking if is_the_models(asking.f_code.co_filename) else model_frame()
+        if frame is not None and compares_by_is(frame.f_code, of_none=attribute.attr in _MAY_BE_NONE):
             reason = f"it compares {attribute.attr} of a value by 'is', which a graph keeps ({caller()})"
             self.attributes.append((attribute, ObstacleError(reason, self.scope.module_path)))
-
-    def _note_answer(self, node: fx.Node) -> None:
-        """Keep a truth that the code may ask for by ``is``: then nothing is computed from it."""
-        frame = model_frame()
-        if frame is not None and compares_results(frame.f_code):
-            reason = f"it compares the answer of {node.name!r} by 'is', which a graph keeps ({caller()})"
-            self.answers.append((node, ObstacleError(reason, self.scope.module_path)))
 
     def text_of(self, node: fx.Node) -> str:
         """A text in place of the value's, whose way is followed: only an assert's message may have it."""
@@ -84,9 +91,11 @@ class GuardedTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """The graph of a module; what it computes from its own tensors beside it is refused."""
-        tensors = (*root.named_parameters(), *root.named_buffers())
-        held = {id(tensor): name for name, tensor in tensors}
-        with _Computed(self, held), _asked(self, held):
+        tensors = (*root.named_buffers(), *root.named_parameters())
+        self.held = {id(tensor): name for name, tensor in tensors}
+        self.contained = {id(tensor) for module in root.modules() for tensor in _contained(module)}
+        self.members = {id(module): _members(module) for module in root.modules()}
+        with patched(self):
             self.context = open_contexts()
             return super().trace(root, concrete_args)
 
@@ -122,6 +131,11 @@ class GuardedTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Enter a submodule that is no leaf; what goes wrong inside is its own."""
         place = self.path_of_module(m)
+        self._check_code()
+        if any(_members(part) != self.members.get(id(part)) for part in m.modules()):
+            self.refuse(
+                f"it calls {place} with other parameters or hooks than its own, which a graph would not"
+            )
         if self.is_leaf_module(m, place):
             if self._stays_python(m, place):
                 self._refuse_compared(f"what {place}, which stays Python, gives back")
@@ -135,13 +149,35 @@ class GuardedTracer(fx.Tracer):
         scripted = isinstance(module, torch.jit.ScriptModule)
         return scripted or place in self.leaves or (has_hooks(module) and not isinstance(module, nn.Conv2d))
 
-    def comes_from_python(self, node: fx.Node) -> bool:
-        """Whether the value is an argument, what a part gives back that stays Python, or part of either."""
-        while node.op in ("call_function", "call_method") and node.target in _PART_OF:
-            node = node.args[0]  # type: ignore[assignment]
-        if node.op != "call_module":
-            return node.op == "placeholder"
-        return self._stays_python(self.root.get_submodule(str(node.target)), str(node.target))
+    def class_of(self, node: fx.Node | None) -> Any:
+        """The class of a value at run time, where it is sure."""
+        if node is None or node.op != "call_module":
+            return None
+        module = self.root.get_submodule(str(node.target))
+        if self._stays_python(module, str(node.target)) or isinstance(module, nn.Identity):
+            return None
+        returned = inspect.signature(type(module).forward).return_annotation
+        return torch.Tensor if returned in (torch.Tensor, "Tensor") else None
+
+    def _check_code(self) -> None:
+        """Refuse to go on where errors are caught, which nothing in a graph would be."""
+        for frame in frames_of_module():
+            if catches_at(frame.f_code, frame.f_lineno):
+                self.refuse("it catches errors of what it computes, which a graph would not")
+            if asks_for_types(frame.f_code):
+                self.refuse("it needs the type() of a value that is known only at run time")
+
+    def _check_answer(self, node: fx.Node) -> None:
+        """Of an answer that the code may ask for by ``is`` a graph sees nothing: then nothing comes of it."""
+        frame, method = model_frame(), str(node.target) if node.op == "call_method" else ""
+        if frame is None:
+            return
+        if method in _MAY_BE_THE_SAME and compares_by_is(frame.f_code, of_none=False):
+            self.refuse(f"it may compare what {method} gives back by 'is', which a graph keeps")
+        asks = node.target in _ANSWERING or (method and not hasattr(torch.Tensor, method))
+        if asks and compares_results(frame.f_code):
+            reason = f"it compares the answer of {node.name!r} by 'is', which a graph keeps ({caller()})"
+            self.answers.append((node, ObstacleError(reason, self.scope.module_path)))
 
     def _refuse_compared(self, what: str) -> None:
         """Refuse to go on where the code that asks compares what it computes by ``is``."""
@@ -151,10 +187,8 @@ class GuardedTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """A buffer is read at each call, as parameters are; fx would keep what was computed from it."""
-        if isinstance(attr_val, torch.Tensor):
-            for name, held in (*self.root.named_parameters(), *self.root.named_buffers()):
-                if held is attr_val:
-                    return self.held_proxy(name, held)
+        if isinstance(attr_val, torch.Tensor) and id(attr_val) in self.held:
+            return self.held_proxy(self.held[id(attr_val)], attr_val)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def held_proxy(self, name: str, held: torch.Tensor) -> fx.Proxy:
@@ -173,8 +207,9 @@ class GuardedTracer(fx.Tracer):
                 "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
             )
         node = super().create_node(*args, **kwargs)
-        if node.target in _ANSWERING:
-            self._note_answer(node)
+        if node.op in ("call_function", "call_method"):
+            self._check_code()
+            self._check_answer(node)
         if node.target is torch._assert:
             self.texts = {text: told for text, told in self.texts.items() if text not in str(node.args[1:])}
         return node
@@ -186,48 +221,20 @@ class GuardedTracer(fx.Tracer):
         if type(a) is OrderedDict:  # fx would make it a dict
             items = [self.create_arg((key, value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
+        if id(a) in self.contained - self.held.keys():
+            self.refuse("it reads a tensor that is in a container, which may hold another one")
         return super().create_arg(a)
 
 
-class _Computed(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses results of parameters and buffers that were reached past ``getattr``, by ``parameters()`` say.
-
-    fx sees none of it, and would keep what was computed then as a constant.
-    """
-
-    def __init__(self, tracer: GuardedTracer, held: Mapping[int, str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer, self.held = tracer, held
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(id(tensor) in self.held for tensor in tensors_of((args, kwargs))):
-            self.tracer.refuse_computed()
-        return func(*args, **(kwargs or {}))
+def _contained(module: nn.Module) -> list[torch.Tensor]:
+    """The tensors in lists, dicts and the like that a module has."""
+    registered = ("_parameters", "_buffers", "_modules")
+    held = (value for key, value in vars(module).items() if key not in registered)
+    return [tensor for value in held if not isinstance(value, torch.Tensor) for tensor in tensors_of(value)]
 
 
-@contextmanager
-def _asked(tracer: GuardedTracer, held: Mapping[int, str]) -> Iterator[None]:
-    """Answer for the dtype and device of such tensors with that at run time; refuse their values."""
-
-    def replaced(name: str) -> Any:
-        own = getattr(torch._C.TensorBase, name)
-
-        def kind(tensor: torch.Tensor) -> Any:
-            path = held.get(id(tensor))
-            if path is None or not is_the_models(sys._getframe(1).f_code.co_filename):
-                return own.__get__(tensor)
-            return getattr(tracer.held_proxy(path, tensor), name)
-
-        def values(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return tracer.refuse_computed() if id(tensor) in held else own(tensor, *args, **kwargs)
-
-        return property(kind) if inspect.isdatadescriptor(own) else values
-
-    names = ("dtype", "device", "tolist", "numpy")  # of a class of C, before which that of Python comes
-    for name, answer in {name: replaced(name) for name in names}.items():
-        setattr(torch.Tensor, name, answer)
-    try:
-        yield
-    finally:
-        for name in names:
-            delattr(torch.Tensor, name)
+def _members(module: nn.Module) -> tuple[Any, ...]:
+    """What a call of a module depends on that other code can exchange."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ()
+    return has_hooks(module), *map(id, (*module._parameters.values(), *module._buffers.values()))

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from ..comparing import check_equal
-from ..errors import FxBasisError
+from ..errors import FxBasisError, InputError
 from ..forms import BasisConv2d
 from ..nests import cloned
 from ..running import COMPILED, ExampleInputs, as_arguments, become, is_compiled
@@ -28,7 +28,7 @@ from .blaming import definition_of
 from .calls import defaults_of, given_arguments, kind_of_call, left_defaults, wrapped
 from .capturing import capture
 from .graphs import ObstacleError, TracedModule, as_graph
-from .trials import run_trials
+from .trials import run_trials, telling_parameters
 
 __all__ = ["Part", "become_graphs", "find_parts"]
 
@@ -56,6 +56,14 @@ class Part:
 
 def find_parts(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Part, ...]:
     """Turn what can be a graph into one, in place; without inputs nothing is proven."""
+    try:
+        with telling_parameters(model):
+            return _found_parts(model, example_inputs)
+    except InputError:  # on the inputs, or on these parameters
+        return _found_parts(model, example_inputs)
+
+
+def _found_parts(model: nn.Module, example_inputs: ExampleInputs | None) -> tuple[Part, ...]:
     search = _Search(model, example_inputs)
     expected = None
     waiting = [("", model)]
@@ -189,8 +197,14 @@ def _names(model: nn.Module) -> Iterator[str]:
 
 def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
     """The graph of one module, for calls that give these arguments."""
+    defaults = left_defaults(module, given)
     try:
-        captured = capture(module, left_defaults(module, given))
+        for name, value in defaults.items():
+            if isinstance(value, (list, dict, set)):
+                raise ObstacleError(
+                    f"the default of its argument {name} is a {type(value).__name__}, which may change"
+                )
+        captured = capture(module, defaults)
         kept = attributes_of(module, captured.entered)
         return as_graph(module, captured.graph, captured.constants, kept, captured.eval_only)
     except ObstacleError as obstacle:

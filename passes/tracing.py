@@ -149,14 +149,19 @@ def _changed_parameters(model: nn.Module, copied: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not (name in found and _same(parameter, found[name]))
+        if not (name in found and _same(parameter, found[name]))
     ]
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.requires_grad, one.shape) != (other.requires_grad, other.shape):
+    """Whether values, shape and what training keeps with them are the same."""
+    if _kept(one) != _kept(other):
         return False
-    return torch.equal(one, other) or bool(((one == other) | (one != one)).all())
+    return one.is_meta or torch.equal(one, other) or bool(((one == other) | (one != one)).all())
+
+
+def _kept(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.requires_grad, len(tensor._backward_hooks or ())
 
 
 def _message(kind: str, parts: tuple[Part, ...]) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import Any
 
@@ -22,7 +23,9 @@ from ..nests import map_tensors, tensors_of
 from ..running import ExampleInputs, batch_size, run, telling, with_batch
 from ..snapshots import Snapshot, buffer_values
 
-__all__ = ["run_trials"]
+__all__ = ["run_trials", "telling_parameters"]
+
+_SMALL = 1e-3
 
 _Run = tuple[Any, dict[str, Tensor]]
 
@@ -43,6 +46,39 @@ def run_trials(
     if not any("train()" in what for what in found):  # the cheapest run in train() is enough
         found["the example in train()"] = _accepted(model, example_inputs, training=True)
     return {what: outcome for what, outcome in found.items() if outcome is not None}
+
+
+@contextmanager
+def telling_parameters(model: nn.Module) -> Iterator[None]:
+    """Random values in parameters that are zero or almost, as gates and last layers are before training.
+
+    What they scale would be the same right or wrong. Those that the model itself changes are not put back.
+    """
+    drawn = [
+        (parameter, parameter.detach().clone()) for parameter in model.parameters() if _is_small(parameter)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter, values in drawn:
+            parameter.copy_(torch.rand(values.shape, generator=generator, device="cpu") / 10 + 0.05)
+    put = [parameter.detach().clone() for parameter, _ in drawn]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (parameter, values), changed in zip(drawn, put, strict=True):
+                if torch.equal(parameter, changed):
+                    parameter.copy_(values)
+
+
+def _is_small(parameter: Tensor) -> bool:
+    if (
+        parameter.is_meta
+        or not parameter.is_floating_point()
+        or 0 in (*parameter.stride(), parameter.numel())
+    ):
+        return False
+    return bool(parameter.detach().abs().amax() < _SMALL)
 
 
 def _on_variants(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:

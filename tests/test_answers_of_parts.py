@@ -10,7 +10,7 @@ from hard_modules import Base, assert_same
 from torch import Tensor, nn
 
 from fxbasis import compress, parts_of
-from fxbasis.passes.identities import compares_results
+from fxbasis.passes.codes import compares_results
 
 pytestmark = pytest.mark.filterwarnings("ignore::fxbasis.FxBasisWarning")
 

@@ -1,17 +1,21 @@
-"""What code compares by ``is``, told from its bytecode: a graph sees nothing of it, and keeps the answer."""
+"""What code asks or does of which a graph sees nothing: comparisons by ``is``, ``type()``, caught errors."""
 
 from __future__ import annotations
 
+import ast
 import dis
 import functools
+import inspect
+import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from types import CodeType
 
-__all__ = ["compares_by_is", "compares_results"]
+__all__ = ["asks_for_classes", "asks_for_types", "catches_at", "compares_by_is", "compares_results"]
 
 _SILENT = ("CACHE", "EXTENDED_ARG", "NOT_TAKEN")
 _LOCAL = ("LOAD_FAST", "LOAD_DEREF")
+_CLASS_NAMES = frozenset({"isinstance", "issubclass", "is_tensor", "__class__"})
 _FIXED = ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_SMALL_INT", "LOAD_COMMON_CONSTANT")
 
 
@@ -46,6 +50,52 @@ def compares_results(code: CodeType) -> bool:
     if any(names is None or names & stored for names in _compared(steps)):
         return True
     return any(compares_results(part) for part in code.co_consts if isinstance(part, CodeType))
+
+
+@functools.cache
+def asks_for_types(code: CodeType) -> bool:
+    """Whether it asks for the ``type()`` of anything but ``self`` and its attributes.
+
+    >>> asks_for_types((lambda x: type(x) is int).__code__)
+    True
+    """
+    steps = [step for step in dis.get_instructions(code) if step.opname not in (*_SILENT, "PUSH_NULL")]
+    asked = (two for one, two in pairwise(steps) if one.opname == "LOAD_GLOBAL" and one.argval == "type")
+    return any(step.opname.startswith(_LOCAL) and not _names(step) <= {"self", "cls"} for step in asked)
+
+
+@functools.cache
+def asks_for_classes(code: CodeType) -> bool:
+    """Whether it asks for classes itself; functions of C ask, too, in the name of the code that calls them.
+
+    >>> asks_for_classes((lambda x: isinstance(x, int)).__code__)
+    True
+    """
+    if not _CLASS_NAMES.isdisjoint(code.co_names):
+        return True
+    return any(step.opname.startswith("MATCH_") for step in dis.get_instructions(code))
+
+
+@functools.cache
+def _caught(code: CodeType) -> list[range]:
+    """The lines inside of ``try`` with an ``except``."""
+    tries = [node for node in ast.walk(_tree(code)) if isinstance(node, ast.Try) and node.handlers]
+    bodies = [(part.lineno - 1, part.end_lineno or 0) for node in tries for part in node.body]
+    return [range(code.co_firstlineno + first, code.co_firstlineno + last) for first, last in bodies]
+
+
+def catches_at(code: CodeType, line: int) -> bool:
+    """Whether an error at this line of its file is caught in the same function."""
+    return any(line in lines for lines in _caught(code))
+
+
+@functools.cache
+def _tree(code: CodeType) -> ast.AST:
+    """The syntax tree of a function; an empty one where its source is not at hand."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError, TypeError):
+        return ast.Module([], [])
 
 
 def _compared(steps: list[dis.Instruction]) -> Iterator[set[str] | None]:
