@@ -15,6 +15,7 @@ __all__ = ["asks_for_classes", "asks_for_types", "catches_at", "compares_by_is",
 
 _SILENT = ("CACHE", "EXTENDED_ARG", "NOT_TAKEN")
 _LOCAL = ("LOAD_FAST", "LOAD_DEREF")
+_STORED = ("STORE_FAST", "STORE_DEREF")
 _CLASS_NAMES = frozenset({"isinstance", "issubclass", "is_tensor", "__class__"})
 _FIXED = ("LOAD_CONST", "LOAD_GLOBAL", "LOAD_SMALL_INT", "LOAD_COMMON_CONSTANT")
 
@@ -35,7 +36,7 @@ def compares_by_is(code: CodeType, of_none: bool) -> bool:
 
 @functools.cache
 def compares_results(code: CodeType) -> bool:
-    """Whether ``is`` is asked of what the code computes, not only of its arguments and their attributes.
+    """Whether ``is`` is asked of what the code computes, not only of arguments and of attributes of ``self``.
 
     Also in functions and comprehensions inside of it.
 
@@ -45,11 +46,34 @@ def compares_results(code: CodeType) -> bool:
     False
     """
     steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
-    kept = (step for step in steps if step.opname.startswith(("STORE_FAST", "STORE_DEREF")))
-    stored = {name for step in kept for name in _names(step)}
+    kept = [
+        index for index, step in enumerate(steps) if step.opname.startswith(("STORE_FAST", "STORE_DEREF"))
+    ]
+    stored = {name for index in kept if not _is_at_hand(steps, index) for name in _names(steps[index])}
     if any(names is None or names & stored for names in _compared(steps)):
         return True
     return any(compares_results(part) for part in code.co_consts if isinstance(part, CodeType))
+
+
+def _is_at_hand(steps: list[dis.Instruction], index: int) -> bool:
+    """Whether a constant, an attribute of ``self`` or what a loop goes through is stored at this step."""
+    names, _ = _operand(steps, index)
+    if names is not None:
+        return names <= {"self"}
+    start = _before(steps, index, ("STORE", "UNPACK"))
+    if steps[start].opname == "FOR_ITER":
+        return True
+    start = _before(steps, index, ("CALL", "PRECALL", "LOAD_CONST"))
+    of_self = steps[start].opname.startswith(_LOCAL) and _names(steps[start]) == {"self"}
+    return of_self and steps[_before(steps, start, ("PUSH_NULL",))].argval == "getattr"
+
+
+def _before(steps: list[dis.Instruction], end: int, kinds: tuple[str, ...]) -> int:
+    """The last step before ``end`` that is of none of these kinds."""
+    start = end - 1
+    while steps[start].opname.startswith(kinds):
+        start -= 1
+    return start
 
 
 @functools.cache

@@ -93,7 +93,8 @@ class GuardedTracer(fx.Tracer):
         """The graph of a module; what it computes from its own tensors beside it is refused."""
         tensors = (*root.named_buffers(), *root.named_parameters())
         self.held = {id(tensor): name for name, tensor in tensors}
-        self.contained = {id(tensor) for module in root.modules() for tensor in _contained(module)}
+        contained = {id(tensor) for module in root.modules() for tensor in _contained(module)}
+        self.contained = contained - self.held.keys()
         self.members = {id(module): _members(module) for module in root.modules()}
         with patched(self):
             self.context = open_contexts()
@@ -221,7 +222,7 @@ class GuardedTracer(fx.Tracer):
         if type(a) is OrderedDict:  # fx would make it a dict
             items = [self.create_arg((key, value)) for key, value in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
-        if id(a) in self.contained - self.held.keys():
+        if id(a) in self.contained:
             self.refuse("it reads a tensor that is in a container, which may hold another one")
         return super().create_arg(a)
 

@@ -103,9 +103,9 @@ def test_what_is_no_answer_of_the_part_leaves_the_graph_around_it() -> None:
     assert_same(compressed(DARK), model(DARK), 1e-5)
 
 
-def reassigned(x: Any) -> Any:
+def reassigned(f: Any, x: Any) -> Any:
     if x is None:
-        x = 0
+        x = f(x)
     return x
 
 
@@ -116,15 +116,43 @@ def matched(f: Any, x: Any) -> int:
     return 1
 
 
+def looked_up(self: Any, f: Any, x: Any) -> Any:
+    drop = None
+    kept = self.kept
+    for part in self.parts:
+        if part is not None and drop is None:
+            x = part(x)
+    y = f(x)
+    return y if kept is None else kept(y)
+
+
+def looked_up_alone(self: Any, x: Any) -> Any:
+    aa = getattr(self, "aa", None)
+    for y, part in zip(x, self.parts, strict=True):
+        x = part(x) if y is not None else x
+    return aa(x) if aa is not None else x
+
+
+def counted(self: Any, x: Any) -> Any:
+    total = None
+    for part in self.parts:
+        y = part(x)
+        total = y if total is None else total + y
+    return total
+
+
 COMPARED: list[tuple[Any, bool]] = [
     (lambda f, x: f(x) is None, True),
     (lambda f, x: f(x).a.b is not None, True),
     (lambda f, x: f(x)[0] is None, True),
     (lambda f, x: x is f(x), True),
     (lambda f, x: (y := f(x)) is None or y, True),
-    (lambda f, x: [y for y in f(x) if y is None], True),
+    (lambda f, x: [y for y in (f(x), x) if f(y) is None], True),
     (reassigned, True),
     (matched, True),
+    (counted, True),
+    (looked_up, False),
+    (looked_up_alone, False),
     (lambda f, x: x is None, False),
     (lambda f, x: x.a[0].b is f, False),
     (lambda f, x: f(x) == 1, False),
