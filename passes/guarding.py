@@ -27,19 +27,7 @@ __all__ = ["ContextError", "GuardedTracer"]
 
 _MAY_BE_NONE = ("grad", "grad_fn", "_base", "_grad", "_grad_fn")
 _ANSWERING = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
-_MAY_BE_THE_SAME = (
-    "to",
-    "float",
-    "half",
-    "double",
-    "bfloat16",
-    "int",
-    "long",
-    "type",
-    "cpu",
-    "cuda",
-    "contiguous",
-)
+_MAY_BE_THE_SAME = ("to", "float", "half", "double", "bfloat16", "int", "long", "type", "contiguous")
 
 
 class ContextError(ObstacleError):
@@ -134,9 +122,7 @@ class GuardedTracer(fx.Tracer):
         place = self.path_of_module(m)
         self._check_code()
         if any(_members(part) != self.members.get(id(part)) for part in m.modules()):
-            self.refuse(
-                f"it calls {place} with other parameters or hooks than its own, which a graph would not"
-            )
+            self.refuse(f"it calls {place} with parameters or hooks that are not its own")
         if self.is_leaf_module(m, place):
             if self._stays_python(m, place):
                 self._refuse_compared(f"what {place}, which stays Python, gives back")
@@ -204,9 +190,7 @@ class GuardedTracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refused while a context of the model is open."""
         if open_contexts() != self.context:
-            raise ContextError(
-                "it opens a context (no_grad, autocast, checkpoint) that a graph does not keep"
-            )
+            raise ContextError("it opens a context (no_grad, autocast, checkpoint) that no graph keeps")
         node = super().create_node(*args, **kwargs)
         if node.op in ("call_function", "call_method"):
             self._check_code()
