@@ -148,7 +148,7 @@ class BasisConv2d(nn.Module):
             return settled.to_conv2d()
         conv = self._dense_like()
         with torch.no_grad():
-            conv.weight.data = self.weight.to(memory_format=_layout(self.basis.weight))
+            conv.weight.data = self.weight
             if conv.bias is not None and self.bias is not None:
                 conv.bias.copy_(self.bias)
                 conv.bias.requires_grad_(self.bias.requires_grad)
@@ -222,7 +222,10 @@ class BasisConv2d(nn.Module):
     def weight(self) -> Tensor:
         """The folded weight (out_channels, in_channels / groups, K_h, K_w), multiplied in float64."""
         steps = {name: settled_twin(s) if weight_hooks(s) else s for name, s in self.factors.items()}
-        return product(self.plan, steps).to(self.basis.weight.dtype)
+        layouts = {_layout(part) for part in self.parameters() if part.ndim == 4}
+        last = torch.channels_last in layouts  # which steps of one channel do not tell
+        weight = product(self.plan, steps).to(self.basis.weight.dtype)
+        return weight.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     @property
     def bias(self) -> Tensor | None:

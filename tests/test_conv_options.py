@@ -169,8 +169,8 @@ def output(model: nn.Module, example: Tensor) -> Tensor:
 
 
 def layout(tensors: dict[str, Tensor]) -> list[tuple[Any, ...]]:
-    """Names, shapes, dtypes and gradient flags, in order."""
-    return [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in tensors.items()]
+    """Names, shapes, strides, dtypes and gradient flags, in order."""
+    return [(name, t.shape, t.stride(), t.dtype, t.requires_grad) for name, t in tensors.items()]
 
 
 def modes(model: nn.Module) -> dict[str, bool]:

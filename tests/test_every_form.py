@@ -106,6 +106,7 @@ def test_fold_equals_what_it_folds_and_has_the_layout_of_the_original(key: str, 
         assert close(output(model, case.example(seed)), output(folded, case.example(seed)))
     assert layout(dict(folded.named_parameters())) == layout(dict(net.named_parameters()))
     assert layout(folded.state_dict()) == layout(net.state_dict())
+    assert form_of(model).weight.stride() == net.conv.weight.stride()
     assert modes(folded) == modes(net)
     for name in (*nn.Conv2d.__constants__, "transposed"):
         assert getattr(folded.get_submodule("conv"), name) == getattr(net.conv, name), name
