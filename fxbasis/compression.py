@@ -86,7 +86,7 @@ def compress(
         size: an integer is the number of basis convolutions, a float in (0, 1] the fraction of the layer's
             out_channels, at least one for each group and capped at the largest useful rank.
         macs_ratio, params_ratio: instead of ``size``, the largest rank at which the layer has at most this
-            part of its MACs or parameters.
+            part of its MACs or parameters; the smallest, with a reason in the plan, where none has.
         energy: instead of ``size``, the smallest rank that keeps this part of the weight's squared norm.
         evbmf: instead of ``size``, the rank of analytic variational Bayes (Nakajima et al. 2013), which takes
             the weight for low rank plus noise. Trained weights are not: ranks come out low and uneven.

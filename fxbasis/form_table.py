@@ -64,9 +64,11 @@ class FormTable:
         head = f"{shape.in_channels} -> {shape.out_channels} channels, {kernel}, stride 1, {height}x{width}"
         measured = self.rows[0].time_ratio is not None
         rows = [_row(row) for row in self.rows]
+        over = any(_part(row) > self.ratio for row in self.rows[1:])
         table = aligned(rows, (*_HEADERS, "time ratio") if measured else _HEADERS, left=("form",))
         return (
-            f"{head}: the largest ranks at or under {self.ratio:g} of the MACs (weight: of the weights)\n\n"
+            f"{head}: the largest ranks at or under {self.ratio:g} of the MACs (weight: of the weights)"
+            f"{', or the smallest where none are' * over}\n\n"
             f"{table}\n\nMACs of one image (FLOPs = 2 x MACs); training: forward and backward, with the "
             "gradient of the input; saved: the activations that autograd keeps for it.\n"
             f"{_MEASURED if measured else _NOT_MEASURED}"
@@ -92,6 +94,11 @@ def _row(row: FormCost) -> list[str]:
     macs, params, *training = (f"{ratio:.3f}" for ratio in ratios)
     time = [] if row.time_ratio is None else [f"{row.time_ratio:.3f}"]
     return [row.form, ranks, largest, f"{row.macs:,}", macs, f"{row.params:,}", params, *training, *time]
+
+
+def _part(row: FormCost) -> float:
+    """What the ranks bound: its MACs, or its weights, over the dense ones."""
+    return row.params_ratio if FORMS[row.form].saves == "params" else row.macs_ratio
 
 
 def form_table(

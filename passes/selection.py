@@ -48,7 +48,8 @@ def select(
 ) -> Plan:
     """The plan that ``layers`` and ``size`` mean for the convolutions of ``table``.
 
-    Under ``"all"`` a layer whose cost would not fall is left dense. Asked for by number, name, pattern or
+    A ratio of costs below that of the smallest ranks gives these; the plan says so. Under ``"all"`` a layer
+    whose cost would not fall is left dense. Asked for by number, name, pattern or
     function it is rewritten all the same, with an ``FxBasisWarning``. A layer that cannot be rewritten is an
     error when asked for by number or name, and otherwise left dense; the plan keeps the reason.
 
@@ -201,11 +202,11 @@ def _ranked(
     record: ConvRecord, dense: LayerPlan, strength: int, settings: Settings, ranks: Ranks
 ) -> LayerPlan:
     form = settings.form
-    ratio, note = cost_ratio(record, ranks, form, FORMS[form].saves), ""
-    if ratio >= 1:
-        note = _dear(record, ranks, form, ratio)
-        if strength == _ALL:
-            return _with(dense, reason=note)
+    ratio = cost_ratio(record, ranks, form, FORMS[form].saves)
+    note = _dear(record, ranks, form, ratio) if ratio >= 1 else _over(record, ranks, settings)
+    if ratio >= 1 and strength == _ALL:
+        return _with(dense, reason=note)
+    if note and strength != _ALL:
         warnings.warn(
             f"{record}: {note}; it is rewritten because it was asked for", FxBasisWarning, stacklevel=2
         )
@@ -221,6 +222,17 @@ def _dear(record: ConvRecord, ranks: Ranks, form: str, ratio: float) -> str:
     what = "parameters" if FORMS[form].saves == "params" else "MACs"
     rank = ranks[0] if len(ranks) == 1 else ranks
     return f"the {form} form of rank {rank} costs {ratio:.2f} times its dense {what}"
+
+
+def _over(record: ConvRecord, ranks: Ranks, settings: Settings) -> str:
+    """Why a layer costs more than the part that was asked for; empty where it does not."""
+    cost, _, kind = settings.rule.partition("_")
+    least = cost_ratio(record, ranks, settings.form, cost) if kind == "ratio" else 0.0
+    if not least or least <= settings.value:
+        return ""
+    what, rank = "parameters" if cost == "params" else "MACs", ranks[0] if len(ranks) == 1 else ranks
+    told = f"{settings.rule}={settings.value:g} is out of reach"
+    return f"{told}: rank {rank}, the least, costs {least:.3g} times its dense {what}"
 
 
 def _with(layer: LayerPlan, **changes: Any) -> LayerPlan:

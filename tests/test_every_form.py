@@ -439,6 +439,17 @@ def test_under_a_ratio_of_costs_a_multiple_rounds_down() -> None:
     assert plan_of(least).layers[0].ranks == (5,), "below the first multiple it stays"
 
 
+@pytest.mark.parametrize(("rule", "what"), [("macs_ratio", "MACs"), ("params_ratio", "parameters")])
+def test_a_ratio_out_of_reach_gives_the_least_and_the_reason(rule: str, what: str) -> None:
+    table = number_convs(nn.Conv2d(16, 16, 3, bias=False), torch.zeros(1, 16, 9, 9))
+    reason = f"{rule}=0.05 is out of reach: rank 1, the least, costs 0.0694 times its dense {what}"
+    with pytest.warns(FxBasisWarning, match=rf"conv 1.*: {reason}; it is rewritten because it was asked"):
+        named = select(table, [1], **{rule: 0.05}).layers[0]
+    assert named == select(table, **{rule: 0.05}).layers[0], "under all without a warning"
+    assert (named.ranks, named.reason) == ((1,), reason)
+    assert select(table, [1], **{rule: 0.07}).layers[0].reason == ""
+
+
 def test_rules_that_need_weights_or_matrices_say_so(net: Net) -> None:
     for form, rule in (("cp", {"energy": 0.9}), ("reduced", {"energy": 0.9}), ("reduced", {"evbmf": True})):
         with pytest.raises(SelectionError, match=rf"has no meaning for the {form} form.*use size="):

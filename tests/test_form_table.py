@@ -36,6 +36,13 @@ def test_every_form_is_at_or_under_the_ratio_and_one_rank_more_is_over(ratio: fl
             assert found > ratio * cost / part, row
 
 
+def test_a_ratio_below_every_form_gives_the_smallest_ranks_and_says_so() -> None:
+    table = form_table(SHAPE, SIZE, 1e-4)
+    assert all(row.ranks[0] == SHAPE.groups or row.form == "weight" for row in table.rows[1:])
+    assert "of the MACs (weight: of the weights), or the smallest where none are\n" in str(table)
+    assert "smallest" not in str(form_table(SHAPE, SIZE))
+
+
 def test_training_is_as_cheap_as_the_forward_pass_but_for_the_weight_form() -> None:
     for row in form_table(SHAPE, SIZE):
         assert row.training_ratio == pytest.approx(row.macs_ratio)
