@@ -7,6 +7,7 @@ a tensor, a dict or a tuple of positional arguments; the rest of it (labels) is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from .errors import InputError
 from .running import ExampleInputs, as_arguments, batch_size, seeded
 
-__all__ = ["batches_of", "checked", "inputs_of"]
+__all__ = ["batches_of", "checked", "inputs_of", "naming_batch"]
 
 
 def batches_of(calibration: Iterable[Any]) -> Iterator[ExampleInputs]:
@@ -41,6 +42,16 @@ def batches_of(calibration: Iterable[Any]) -> Iterator[ExampleInputs]:
         if batch_size(inputs) == 0:
             raise InputError(f"batch {number} of the calibration data has no sample; leave it out")
         yield inputs
+
+
+@contextmanager
+def naming_batch(number: int) -> Iterator[None]:
+    """Say of a failing run of the model that its inputs are this batch, not the example inputs."""
+    try:
+        yield
+    except InputError as error:
+        batch = f"batch {number} of the calibration data"
+        raise InputError(str(error).replace("the example inputs", batch)) from error
 
 
 def inputs_of(batch: Any) -> ExampleInputs:

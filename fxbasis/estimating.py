@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .calibration_data import naming_batch
 from .copying import copy_model
 from .datafit import error_of, squared
 from .divergence import divergence
@@ -160,7 +161,10 @@ def by_running(
 ) -> dict[str, list[Estimate | None]]:
     """The change measured, one model for each; None for what the time did not allow."""
     batches = [] if evaluate else first_images(subject.batches, IMAGES)
-    expected = [run(subject.model, batch) for batch in batches]
+    expected = []
+    for number, batch in enumerate(batches, start=1):
+        with naming_batch(number):
+            expected.append(run(subject.model, batch))
     compute = _OneLayer(
         subject.model, list(subject.table), batches, expected, evaluate, torch.get_num_threads()
     )

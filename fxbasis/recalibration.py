@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .calibration_data import batches_of, checked
+from .calibration_data import batches_of, checked, naming_batch
 from .copying import check_module
 from .errors import InputError
 from .running import call, in_mode, seeded
@@ -55,8 +55,9 @@ def recalibrate_batchnorm_(model: nn.Module, calibration: Iterable[Any]) -> int:
     checked(calibration)
     norms = _tracking(model)
     with torch.no_grad(), seeded(), in_mode(model, training=False), _averaging(norms):
-        for inputs in batches_of(calibration) if norms else ():
-            call(model, inputs)
+        for number, inputs in enumerate(batches_of(calibration) if norms else (), start=1):
+            with naming_batch(number):
+                call(model, inputs)
         _check_finite(model, norms)
         reached = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
     return len(reached)

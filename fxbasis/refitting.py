@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .calibration_data import naming_batch
 from .compositions import GaugeComposition
 from .forms import BasisConv2d
 from .least_squares import Sums
@@ -67,7 +68,8 @@ def targets_of(
     for batch, inputs in enumerate(batches):
         handles = [layers[name].register_forward_hook(keeper(name, batch), prepend=True) for name in forms]
         try:
-            run(model, inputs)
+            with naming_batch(batch + 1):
+                run(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration_data import naming_batch
 from .divergence import probe
 from .errors import InputError
 from .running import ExampleInputs, batch_size, call, in_mode, seeded
@@ -119,8 +120,9 @@ def collect(
     images = 0
     for seed, inputs in enumerate(batches):
         generator = torch.Generator().manual_seed(seed)
-        for name, input, gradient in _gradients(model, layers, inputs, seed, needed=gradients):
-            _add(found[name], layers[name], input, gradient, generator)
+        with naming_batch(seed + 1):
+            for name, input, gradient in _gradients(model, layers, inputs, seed, needed=gradients):
+                _add(found[name], layers[name], input, gradient, generator)
         images += batch_size(inputs)
     for statistics in found.values():
         _finish(statistics, images)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .calibration_data import batches_of
+from .calibration_data import batches_of, naming_batch
 from .copying import copy_model
 from .divergence import divergence
 from .errors import InputError
@@ -73,7 +73,8 @@ class Subject:
     @cached_property
     def comparable(self) -> bool:
         """Whether the change between two outputs of the model is defined."""
-        output = run(self.model, self.batches[0])
+        with naming_batch(1):
+            output = run(self.model, self.batches[0])
         try:
             divergence(output, output)
         except InputError:

@@ -51,14 +51,21 @@ class Breaks:
 DATA = [
     (Breaks(), r"batch 3 of the calibration data cannot be read \(RuntimeError: disk gone\); repair it"),
     ([BATCHES[0], BATCHES[1][:0]], "batch 2 of the calibration data has no sample; leave it out"),
+    ([BATCHES[0].double()], r"failed on batch 1 of the calibration data \(\(4, .*; pass inputs in float32"),
+    (
+        [*BATCHES[:2], BATCHES[2][:, :1]],
+        r"failed on batch 3 of the calibration data \(\(4, 1.*; pass inputs of",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("data", "message"), DATA, ids=["breaks", "empty"])
+@pytest.mark.parametrize(("data", "message"), DATA, ids=["breaks", "empty", "dtype", "channels"])
 def test_a_batch_that_is_none_is_named(data: Any, message: str) -> None:
     model = net()
     with pytest.raises(InputError, match=message):
         plan(model, X, macs=0.7, calibration=data, **GAUGE)
+    with pytest.raises(InputError, match=message):
+        sensitivities(model, X, calibration=data, estimator="measured", **GAUGE)
     before = model[1].running_mean.clone()
     with pytest.raises(InputError, match=message):
         recalibrate_batchnorm_(model, data)

@@ -118,7 +118,7 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     net.head.weight.grad = torch.ones_like(net.head.weight)
     before, threads = snapshot(net), threading.active_count()
     if fails:
-        with pytest.raises(InputError, match="the model failed on the example inputs"):
+        with pytest.raises(InputError, match="the model failed on batch 2 of the calibration data"):
             collect(net, layers, [batches[0], torch.zeros(1, 5, 6, 6).double()])
     else:
         collect(net, layers, batches)
