@@ -27,6 +27,8 @@ from ..running import ExampleInputs, run
 __all__ = ["Call", "FunctionalConv", "Seen", "readers_in", "watched_run"]
 
 REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
+_CONVOLUTIONS = (torch.conv2d, torch.convolution, torch.ops.aten.conv2d, torch.ops.aten.convolution)
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed")
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
 _LIKE_THE_OTHER = ("type_as", "to", "view_as", "expand_as", "reshape_as")
 _KIND = ("shape", "dtype", "device", "ndim", "size", "dim", "is_floating_point")
@@ -36,7 +38,7 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionalConv:
-    """One call of ``F.conv2d`` in the code of a model; it has no number.
+    """One call of ``F.conv2d``, or an operation like it, in the code of a model; it has no number.
 
     Attributes:
         scope: name of the module whose code calls it; empty for the model itself.
@@ -225,8 +227,8 @@ class _Watch(TorchFunctionMode):
         for tensor in given:
             if self._owner(tensor) is not None and _uses_values(func, tensor is given[0], output):
                 self.note_reader(tensor)
-        if func is torch.conv2d and not isinstance(self.stack[-1][1], nn.Conv2d):
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
+        weight = _kernel(func, args, kwargs)
+        if weight is not None and weight.ndim == 4 and not isinstance(self.stack[-1][1], nn.Conv2d):
             self.found.setdefault((*self._place(), tuple(weight.shape)), []).append(output.shape)
         return output
 
@@ -266,13 +268,21 @@ class _Watch(TorchFunctionMode):
         scope, module = self.stack[-1]
         nodes: list[fx.Node] = []
         if isinstance(module, fx.GraphModule):
-            nodes = list(module.graph.find_nodes(op="call_function", target=torch.conv2d))
+            calls = [node for node in module.graph.nodes if node.op == "call_function"]
+            nodes = [node for node in calls if _kernel(node.target, node.args, node.kwargs) is not None]
         if not nodes:
             return scope, _source()
         node = nodes[self.nodes_run[scope] % len(nodes)]
         self.nodes_run[scope] += 1
         inner = [str(path) for path, _ in node.meta.get("nn_module_stack", {}).values()]
         return ".".join(part for part in (scope, *inner[-1:]) if part), f"node {node.name}"
+
+
+def _kernel(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The weight that it is given if it is a convolution, not a transposed one; otherwise None."""
+    given = dict(zip(_ARGUMENTS, args, strict=False)) | dict(kwargs)
+    is_one = getattr(func, "_overloadpacket", func) in _CONVOLUTIONS and given.get("transposed") is not True
+    return given["weight"] if is_one else None
 
 
 def _uses_values(func: Any, first: bool, output: Any) -> bool:

@@ -222,6 +222,41 @@ def test_functional_convolutions_of_a_graph_keep_their_scope() -> None:
     assert number_convs(small, X).functional == found
 
 
+ZEROS, ONES = (0, 0), (1, 1)
+SPELLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "packet": lambda x, kernel: torch.ops.aten.conv2d(x, kernel),
+    "overload": lambda x, kernel: torch.ops.aten.conv2d.default(x, kernel),
+    "padding": lambda x, kernel: torch.ops.aten.conv2d.padding(x, weight=kernel, padding="valid"),
+    "convolution": lambda x, kernel: torch.convolution(x, kernel, None, ONES, ZEROS, ONES, False, ZEROS, 1),
+}
+
+
+class Spelled(nn.Module):
+    def __init__(self, convolve: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convolve, self.kernel = convolve, nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolve(x, self.kernel)
+        return torch.convolution(x, self.kernel, None, ONES, ZEROS, ONES, True, ZEROS, 1)  # transposed
+
+
+@pytest.mark.parametrize("key", SPELLINGS)
+def test_functional_convolutions_of_every_spelling_are_listed(key: str) -> None:
+    (conv,) = number_convs(Spelled(SPELLINGS[key]).eval(), X).functional
+    assert (conv.weight, conv.macs, conv.reason) == ((8, 3, 3, 3), 2 * 36 * 8 * 27, REMEDY)
+
+
+def test_an_exported_model_has_functional_convolutions() -> None:
+    program = torch.export.export(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)).eval(), (X,))
+    found = number_convs(program.module(), X).functional
+    assert [(conv.source, conv.scope, conv.weight) for conv in found] == [
+        ("node conv2d", "0", (8, 3, 3, 3)),
+        ("node conv2d_1", "1", (4, 8, 1, 1)),
+    ]
+    assert sum(conv.macs for conv in found) == profile(program.module(), X).counted
+
+
 def test_functional_convolutions_agree_with_the_profile() -> None:
     net = build("functional")
     (conv,) = number_convs(net, net.example).functional
