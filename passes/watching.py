@@ -181,8 +181,15 @@ def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d], odd: dict[str, st
 
 
 def _shape_of(value: Any) -> torch.Size:
-    """Of the first tensor in it; without any, of nothing."""
-    return next((tensor.shape for tensor in tensors_of(value)), torch.Size((0, 0, 0, 0)))
+    """Of the first tensor in it, with all samples of torch.vmap as batch; without any, of nothing."""
+    first = next(iter(tensors_of(value)), None)
+    if first is None:
+        return torch.Size((0, 0, 0, 0))
+    functorch, whole = torch._C._functorch, first
+    while functorch.is_batchedtensor(whole) or functorch.is_gradtrackingtensor(whole):
+        whole = functorch.get_unwrapped(whole)
+    samples = whole.numel() // max(1, first.numel())
+    return first.shape if samples == 1 else torch.Size((samples * prod(first.shape[:-3]), *first.shape[-3:]))
 
 
 def _oddity(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -229,7 +236,7 @@ class _Watch(TorchFunctionMode):
                 self.note_reader(tensor)
         weight = _kernel(func, args, kwargs)
         if weight is not None and weight.ndim == 4 and not isinstance(self.stack[-1][1], nn.Conv2d):
-            self.found.setdefault((*self._place(), tuple(weight.shape)), []).append(output.shape)
+            self.found.setdefault((*self._place(), tuple(weight.shape)), []).append(_shape_of(output))
         return output
 
     def note_reader(self, tensor: Tensor, who: str = "") -> None:

@@ -257,6 +257,24 @@ def test_an_exported_model_has_functional_convolutions() -> None:
     assert sum(conv.macs for conv in found) == profile(program.module(), X).counted
 
 
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.kernel = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(4, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Any:
+        y = torch.vmap(self.conv)(x)
+        one = torch.vmap(lambda part: F.conv2d(part[None], self.kernel))(y)
+        slopes, _ = torch.vmap(torch.func.grad_and_value(lambda part: self.conv(part).sum()))(x)
+        return one, slopes
+
+
+def test_all_samples_of_vmap_are_counted() -> None:
+    table = number_convs(Mapped(), X)
+    assert (table[0].calls, table[0].macs, table[0].output_size) == (2, 2 * (2 * 36 * 8 * 27), (6, 6))
+    assert [conv.macs for conv in table.functional] == [2 * 36 * 4 * 8]
+
+
 def test_functional_convolutions_agree_with_the_profile() -> None:
     net = build("functional")
     (conv,) = number_convs(net, net.example).functional
