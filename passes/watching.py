@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -27,6 +28,7 @@ from ..running import ExampleInputs, run
 __all__ = ["Call", "FunctionalConv", "Seen", "readers_in", "watched_run"]
 
 REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
+UNREGISTERED = "functional: its nn.Conv2d is no submodule; keep it in an nn.ModuleList to compress it"
 _CONVOLUTIONS = (torch.conv2d, torch.convolution, torch.ops.aten.conv2d, torch.ops.aten.convolution)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed")
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
@@ -212,7 +214,7 @@ class _Watch(TorchFunctionMode):
         self.hooked = [name for name, conv in self.convs.items() if weight_hooks(conv)]
         self.stack: list[tuple[str, nn.Module]] = [("", model)]
         self.readers: dict[str, str] = {}
-        self.found: dict[tuple[str, str, tuple[int, ...]], list[torch.Size]] = {}
+        self.found: dict[tuple[str, str, tuple[int, ...], str], list[torch.Size]] = {}
         self.nodes_run: Counter[str] = Counter()
 
     def attach(self, model: nn.Module) -> None:
@@ -236,7 +238,8 @@ class _Watch(TorchFunctionMode):
                 self.note_reader(tensor)
         weight = _kernel(func, args, kwargs)
         if weight is not None and weight.ndim == 4 and not isinstance(self.stack[-1][1], nn.Conv2d):
-            self.found.setdefault((*self._place(), tuple(weight.shape)), []).append(_shape_of(output))
+            place = (*self._place(), tuple(weight.shape), self._reason())
+            self.found.setdefault(place, []).append(_shape_of(output))
         return output
 
     def note_reader(self, tensor: Tensor, who: str = "") -> None:
@@ -258,8 +261,9 @@ class _Watch(TorchFunctionMode):
                 macs=sum(size.numel() for size in sizes) * prod(weight[1:]),
                 calls=len(sizes),
                 source=source,
+                reason=reason,
             )
-            for (scope, source, weight), sizes in self.found.items()
+            for (scope, source, weight, reason), sizes in self.found.items()
         )
 
     def _owner(self, tensor: Tensor) -> str | None:
@@ -269,6 +273,13 @@ class _Watch(TorchFunctionMode):
                 return self.owners[id(part)]
         made = (name for name in self.hooked if vars(self.convs[name]).get("weight") is tensor)
         return next(made, None)
+
+    def _reason(self) -> str:
+        """Why the convolution that runs is not compressed."""
+        owners = [frame.f_locals.get("self") for frame in _frames()]
+        convs = [owner for owner in owners if isinstance(owner, nn.Conv2d)]
+        known = any(conv is layer for conv in convs for layer in self.convs.values())
+        return UNREGISTERED if convs and not known else REMEDY
 
     def _place(self) -> tuple[str, str]:
         """Scope and source of a functional convolution; in a graph, whose calls come in order, its node."""
@@ -302,14 +313,19 @@ def _makes_alike(name: str, first: bool) -> bool:
     return name.endswith("_like") or name.startswith("new_") or (name in _LIKE_THE_OTHER and not first)
 
 
+def _frames() -> Iterator[FrameType]:
+    """From here out to the innermost Python code outside of torch and of this file, or the whole stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        file = frame.f_code.co_filename
+        if file == run.__code__.co_filename or (file != __file__ and not file.startswith(("<", _TORCH))):
+            return
+        frame = frame.f_back
+
+
 def _source() -> str:
     """File and line of the innermost Python code outside of torch and of this file."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        file = frame.f_code.co_filename
-        if file == run.__code__.co_filename:
-            return "its graph"
-        if file != __file__ and not file.startswith(("<", _TORCH)):
-            break
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    *_, frame = _frames()
+    file = frame.f_code.co_filename
+    return "its graph" if file == run.__code__.co_filename else f"{file}:{frame.f_lineno}"

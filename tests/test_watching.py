@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from fxbasis import FxBasisWarning, LayerError, compress, number_convs, profile, trace
-from fxbasis.passes.watching import REMEDY
+from fxbasis.passes.watching import REMEDY, UNREGISTERED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 
@@ -273,6 +273,28 @@ def test_all_samples_of_vmap_are_counted() -> None:
     table = number_convs(Mapped(), X)
     assert (table[0].calls, table[0].macs, table[0].output_size) == (2, 2 * (2 * 36 * 8 * 27), (6, 6))
     assert [conv.macs for conv in table.functional] == [2 * 36 * 4 * 8]
+
+
+class Unregistered(Base):
+    def __init__(self, python: bool = True) -> None:
+        super().__init__(python)
+        self.plain = [nn.Conv2d(16, 4, 1), Scaled(4, 4, 1)]
+
+    def read(self, x: Tensor) -> Tensor:
+        for conv in self.plain:
+            x = conv(x)
+        return F.conv2d(x, self.other.weight[:4, :4])
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight * 2)
+
+
+def test_a_convolution_that_is_no_submodule_is_told_to_be_registered() -> None:
+    found = number_convs(Unregistered(), X).functional
+    assert [conv.weight[:2] for conv in found] == [(4, 16), (4, 4), (4, 4)]
+    assert [conv.reason for conv in found] == [UNREGISTERED, UNREGISTERED, REMEDY]
 
 
 def test_functional_convolutions_agree_with_the_profile() -> None:
