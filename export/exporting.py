@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..arguments import as_path, check_flags
 from ..comparing import Difference
 from ..errors import ExportError, FxBasisError, FxBasisWarning, InputError, VerificationError
-from ..nests import tensors_of
+from ..nests import tensors_in, tensors_of
 from ..running import ExampleInputs, batch_size, run, seeded
 from .checking import (
     compared,
@@ -155,6 +156,7 @@ def _prepare(model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: boo
     # Every exporter specialises a batch axis of size 1: trace with 2.
     traced = resized(example_inputs, 2) if dynamic_batch and size == 1 else example_inputs
     output = run(frozen_copy(model), example_inputs)
+    _check_output(output)
     outputs = named_tensors(output if isinstance(output, Mapping) else {"output": output})
     if not outputs:
         raise ExportError("the model returns no tensor; let it return one, or a nest of them")
@@ -165,6 +167,17 @@ def _prepare(model: nn.Module, example_inputs: ExampleInputs, dynamic_batch: boo
     names = [f"{name}_" if name in inputs else name for name in outputs]
     lowered = with_measured_lowerings(model, example_inputs)
     return Job(lowered, traced, frozenset(dynamic), names, checks, opset)
+
+
+def _check_output(output: Any) -> None:
+    """Refuse tensors in objects that the exporters do not open."""
+    for leaf in pytree.tree_leaves(output):
+        if tensors_in(dict(leaf) if isinstance(leaf, Mapping) else leaf) and not torch.is_tensor(leaf):
+            kind = type(leaf).__name__
+            raise ExportError(
+                f"the model returns tensors in a {kind}, which the exporters do not open; "
+                "return a tuple, list or dict, or tell a dataclass to torch.export.register_dataclass"
+            )
 
 
 def _first_equal(job: Job, folder: Path, name: str) -> tuple[Path, Exporter, int, Difference]:

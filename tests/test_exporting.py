@@ -425,6 +425,37 @@ def test_inputs_that_the_model_does_not_take(tmp_path: Path) -> None:
     assert export_onnx(OneSample(), image(), path, dynamic_batch=False).checked_batches == (1,)
 
 
+@dataclasses.dataclass
+class Answer:
+    a: torch.Tensor
+
+
+class Registered(Answer):
+    pass
+
+
+class Named(OrderedDict[str, torch.Tensor]):
+    pass
+
+
+class Answering(nn.Module):
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind, self.conv = kind, nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"a": self.kind(a=self.conv(x)), "b": x}
+
+
+def test_outputs_in_objects_need_a_registered_class(tmp_path: Path) -> None:
+    for kind in (Answer, Named):
+        message = f"tensors in a {kind.__name__}, which the exporters do not open; return a tuple"
+        with pytest.raises(ExportError, match=message):
+            export_onnx(Answering(kind), image(), tmp_path / "m.onnx")
+    torch.export.register_dataclass(Registered)
+    assert export_onnx(Answering(Registered), image(), tmp_path / "m.onnx").exporter == "dynamo"
+
+
 class NoTensor(nn.Module):
     def forward(self, x: torch.Tensor) -> str:
         return "nothing"
