@@ -279,14 +279,18 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.stored = [tensor for tensor in (conv.weight, conv.bias) if tensor is not None]
+        self.channels = 0  # of the input of one that runs, or failed
         self.read = False
         self.calls: list[dict[str, Any]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and record it."""
-        output = func(*args, **(kwargs or {}))
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
         if func is torch.conv2d:
-            given = dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})
+            self.channels = given["input"].shape[-3]
+        output = func(*args, **(kwargs or {}))
+        self.channels = 0
+        if func is torch.conv2d:
             state = {"output": output, "version": output._version, "contexts": open_contexts()}
             self.calls.append(_DEFAULTS | given | state)
         elif any(given is held for given in tensors_of([args, kwargs]) for held in self.stored):
@@ -312,6 +316,8 @@ def _probe(settled: nn.Conv2d, *, training: bool, gradients: bool = True) -> dic
             with recorder:
                 output = twin.forward(x)
         except Exception as error:
+            if recorder.channels not in (0, settled.in_channels):
+                raise KernelError(f"its class {name} changes the number of channels of its input") from error
             what = f"{type(error).__name__}: {error}"
             raise KernelError(f"its class {name} fails on a synthetic input ({what})") from error
         kept = sorted(key for key, value in _held(twin).items() if value is not held.get(key, held))

@@ -91,6 +91,12 @@ class Broken(nn.Conv2d):
         raise ValueError("no")
 
 
+class WithCoordinates(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        column = torch.linspace(-1, 1, x.shape[3]).expand(len(x), 1, *x.shape[2:])
+        return super().forward(torch.cat([x, column], 1))
+
+
 class Called(nn.Conv2d):
     def __call__(self, input: Tensor) -> Tensor:
         return super().__call__(input) + 1
@@ -384,6 +390,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Conv2d], str]] = {
     "dynamic": (lambda: Dynamic(4, 8, 3), "Dynamic has no fixed kernel"),
     "another in train": (lambda: Noisy(4, 8, 3), "Noisy has no fixed kernel"),
     "only in train": (lambda: Changing(4, 8, 3), "Changing has no fixed kernel"),
+    "channels": (
+        lambda: WithCoordinates(4, 8, 3),
+        "WithCoordinates changes the number of channels of its input",
+    ),
     "fails": (lambda: Broken(4, 8, 3), r"Broken fails on a synthetic input \(ValueError: no\)"),
     "own call": (lambda: Called(4, 8, 3), "Called has its own __call__"),
     "bounds its weight": (lambda: MaxNorm(4, 8, 3), "MaxNorm reads its weight, or changes"),
