@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry
 
 from ..compositions import ReducedComposition
+from ..errors import FxBasisWarning
 from ..nests import tensors_of
 from ..running import ExampleInputs, run, train_once
 from .base import MACS
@@ -46,6 +48,7 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.macs: Counter[str] = Counter()
         self.activations: Counter[str] = Counter()
         self.uncounted: Counter[str] = Counter()
+        self.elsewhere: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count it."""
@@ -82,7 +85,17 @@ class MacCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Open a scope for every call of every submodule."""
 
         def hooks(name: str) -> tuple[Any, Any]:
-            return lambda *_: self.scopes.append(name), lambda *_: self.scopes.pop() and None
+            def enter(*_: Any) -> None:
+                if self in _get_current_dispatch_mode_stack():
+                    self.scopes.append(name)
+                else:
+                    self.elsewhere.append(name)
+
+            def leave(*_: Any) -> None:
+                if self in _get_current_dispatch_mode_stack():
+                    self.scopes.pop()
+
+            return enter, leave
 
         for name, module in model.named_modules():
             enter, leave = hooks(name)
@@ -121,6 +134,13 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs, *, training: boo
     counter.attach(model)
     with counter:
         (train_once if training else run)(runner, example_inputs)
+    if counter.elsewhere:
+        names = ", ".join(sorted(set(counter.elsewhere)))
+        warnings.warn(
+            f"{names}: called in another thread, where nothing is counted; call them in that of the model",
+            FxBasisWarning,
+            stacklevel=3,
+        )
     return counter
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxbasis import InputError, compress, fold, profile, trace
+from fxbasis import FxBasisWarning, InputError, compress, fold, profile, trace
 from fxbasis.passes.base import MACS
 from fxbasis.passes.profiling import Profile, ProfilePass
 
@@ -190,6 +191,23 @@ def test_work_between_the_layers_of_a_child_belongs_to_the_child() -> None:
             "0.1": ("Conv2d", 2 * 25 * 2 * 4, 10),
             "0.0": ("Child", 2 * 25 * 4 * 3, 12),
         }
+
+
+class InThreads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(2) as pool:
+            return self.last(sum(pool.map(self.inner, (x, x.flip(3)))))
+
+
+def test_what_runs_in_another_thread_is_told() -> None:
+    with pytest.warns(FxBasisWarning, match=r"^inner, inner.0: called in another thread, where nothing is"):
+        found = profile(InThreads(), torch.zeros(1, 3, 8, 8))
+    assert [layer.counted for layer in found.layers] == [0, 36 * 8 * 4]
+    assert [layer.name for layer in found.disagreements] == ["inner.0"]
 
 
 def test_what_is_not_counted_is_listed_with_how_often(plain_net: Net, residual_net: Net) -> None:
