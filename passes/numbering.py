@@ -26,9 +26,10 @@ from ..recipe import LAYER, UNFIT, LayerPlan
 from ..running import ExampleInputs
 from ..structures import FORMS, form_macs, form_params
 from .base import CONV_NUMBER, FxPass, call_sites
+from .readers import readers_in
 from .records import COMPRESSED, DEPTHWISE, NO_GAIN, OK, UNSUPPORTED, ConvRecord, ConvTable
 from .tracing import python_in_train, refuse_lazy
-from .watching import Call, Seen, readers_in, watched_run
+from .watching import Call, Seen, watched_run
 
 __all__ = ["ConvRecord", "ConvTable", "NumberingPass", "conv_layers", "number_convs", "shape_of"]
 

@@ -19,22 +19,19 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from ..copying import memory_of
 from ..forms import BasisConv2d
 from ..kernels import weight_hooks
-from ..nests import ATOMS, parts_of_object, tensors_in, tensors_of
+from ..nests import tensors_in, tensors_of
 from ..running import ExampleInputs, run
+from .readers import makes_alike
 
-__all__ = ["Call", "FunctionalConv", "Seen", "readers_in", "watched_run"]
+__all__ = ["Call", "FunctionalConv", "Seen", "watched_run"]
 
 REMEDY = "functional: not a Conv2d module; make it an nn.Conv2d to compress it"
 UNREGISTERED = "functional: its nn.Conv2d is no submodule; keep it in an nn.ModuleList to compress it"
 _CONVOLUTIONS = (torch.conv2d, torch.convolution, torch.ops.aten.conv2d, torch.ops.aten.convolution)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed")
 _TO_PYTHON = ("item", "tolist", "numpy", "__array__", "__bool__", "__float__")
-_LIKE_THE_OTHER = ("type_as", "to", "view_as", "expand_as", "reshape_as")
-_KIND = ("shape", "dtype", "device", "ndim", "size", "dim", "is_floating_point")
-_OF_MODULES = frozenset(vars(nn.Module()))
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -99,56 +96,6 @@ def watched_run(
     order = {name: first_calls.index(name) + 1 for name in calls}
     found = {name: [(order[name], *shapes) for _, *shapes in made] for name, made in calls.items()}
     return Seen(cast(dict[str, list[Call]], found), watch.functional(), watch.readers)
-
-
-def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) -> dict[str, str]:
-    """Without a run: for each layer whose weight or bias another module or node uses too, what that is."""
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for key, parameter in (*module._parameters.items(), *_held_plainly(module)):
-            if parameter is not None:
-                owners.setdefault(memory_of(parameter), []).append(f"{path}.{key}".lstrip("."))
-    read: dict[str, str] = {}
-    for name, layer in layers.items():
-        inside = name and f"{name}."
-        for parameter in layer.parameters():
-            others = [owner for owner in owners.get(memory_of(parameter), ()) if not owner.startswith(inside)]
-            if others:
-                read[name] = f"its parameter is also {others[0]}"
-    for node in model.graph.find_nodes(op="get_attr") if isinstance(model, fx.GraphModule) else ():
-        owner, _, key = str(node.target).rpartition(".")
-        users = [user for user in node.users if not _asks_for_kind(user, node)]
-        if owner in layers and users:
-            read[owner] = f"its {key} is also read by node {users[0].name}"
-    return read
-
-
-def _held_plainly(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters in plain attributes, lists and objects, such as those of a regulariser or an optimizer."""
-    for key, value in vars(module).items():
-        if key not in _OF_MODULES and type(value) not in ATOMS and not isinstance(value, fx.Graph):
-            for parameter in _parameters_in(value, {id(module)}):
-                yield f"{key} (a plain attribute)", parameter
-
-
-def _parameters_in(value: Any, seen: set[int]) -> Iterator[nn.Parameter]:
-    if isinstance(value, nn.Parameter):
-        yield value
-    elif type(value) not in ATOMS and id(value) not in seen and not isinstance(value, (Tensor, nn.Module)):
-        seen.add(id(value))
-        parts = value.values() if isinstance(value, Mapping) else value
-        if not isinstance(value, (Mapping, list, tuple, set)):
-            parts = (parts_of_object(value) or {}).values()
-        for part in parts:
-            yield from _parameters_in(part, seen)
-
-
-def _asks_for_kind(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node takes only shape, dtype or device of another."""
-    first = node in user.args[:1]
-    name = user.args[1] if user.target is getattr else getattr(user.target, "__name__", user.target)
-    return str(name) in _KIND or _makes_alike(str(name), first)
 
 
 def _note_calls(layers: Mapping[str, nn.Conv2d | BasisConv2d], odd: dict[str, str]) -> dict[str, list[Call]]:
@@ -306,11 +253,7 @@ def _kernel(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 def _uses_values(func: Any, first: bool, output: Any) -> bool:
     """Whether the function does more with a tensor than to look at its shape, dtype or device."""
     name = str(getattr(func, "__name__", ""))
-    return not _makes_alike(name, first) and (name in _TO_PYTHON or bool(tensors_of(output)))
-
-
-def _makes_alike(name: str, first: bool) -> bool:
-    return name.endswith("_like") or name.startswith("new_") or (name in _LIKE_THE_OTHER and not first)
+    return not makes_alike(name, first) and (name in _TO_PYTHON or bool(tensors_of(output)))
 
 
 def _frames() -> Iterator[FrameType]:

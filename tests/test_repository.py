@@ -72,6 +72,7 @@ LAYERS = {
         "passes.trials",
         "passes.parts",
         "passes.tracing",
+        "passes.readers",
         "passes.watching",
         "passes.records",
         "passes.numbering",
