@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..nests import ATOMS, parts_of_object
+from .contents import is_own
 
 __all__ = ["defaults_of", "given_arguments", "kind_of_call", "left_defaults", "wrapped"]
 
@@ -119,8 +120,17 @@ def _kinds_of(parts: Mapping[Any, Any], name: str, seen: dict[int, str], depth: 
 
 
 def _parts_of(value: Any) -> dict[str, Any]:
-    slots = (key for owner in type(value).__mro__ for key in vars(owner).get("__slots__", ()))
-    return (parts_of_object(value) or {}) | {key: getattr(value, key) for key in slots if hasattr(value, key)}
+    """What an object holds: attributes, slots and properties."""
+    found = parts_of_object(value) or {}
+    for owner in type(value).__mro__ if is_own(type(value)) else ():
+        named = [*vars(owner).get("__slots__", ())]
+        named += [key for key, part in vars(owner).items() if isinstance(part, property)]
+        for key in named:
+            try:
+                found[key] = getattr(value, key)
+            except Exception:  # which a property may raise, and an empty slot does
+                found[key] = inspect.Parameter.empty
+    return found
 
 
 def _kind_of_function(value: Callable[..., Any]) -> str:

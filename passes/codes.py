@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from itertools import pairwise
 from types import CodeType
 
-__all__ = ["asks_for_classes", "asks_for_types", "catches_at", "compares_by_is", "compares_results"]
+__all__ = [
+    "asks_for_classes",
+    "asks_for_types",
+    "catches_at",
+    "compares_arguments",
+    "compares_by_is",
+    "compares_results",
+]
 
 _SILENT = ("CACHE", "EXTENDED_ARG", "NOT_TAKEN")
 _LOCAL = ("LOAD_FAST", "LOAD_DEREF")
@@ -120,6 +127,26 @@ def _tree(code: CodeType) -> ast.AST:
         return ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, SyntaxError, TypeError):
         return ast.Module([], [])
+
+
+@functools.cache
+def compares_arguments(code: CodeType) -> bool:
+    """Whether ``is`` asks if an argument is an attribute of ``self``, or a text.
+
+    >>> compares_arguments((lambda self, x: x is self.proto).__code__)
+    True
+    >>> compares_arguments((lambda self, x, y: x is y or self.proto is None).__code__)
+    False
+    """
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
+    given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"self"}
+    for index in (index for index, step in enumerate(steps) if step.opname == "IS_OP"):
+        right, start = _operand(steps, index)
+        left, last = _operand(steps, start)[0], steps[index - 1]
+        foreign = {"self"} in (left, right) or (last.opname == "LOAD_CONST" and isinstance(last.argval, str))
+        if foreign and given & ((left or set()) | (right or set())):
+            return True
+    return False
 
 
 def _compared(steps: list[dis.Instruction]) -> Iterator[set[str] | None]:

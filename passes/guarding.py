@@ -18,7 +18,7 @@ from ..carrying import has_hooks
 from ..contexts import open_contexts
 from ..nests import tensors_of
 from .blaming import blamed_on, caller, frames_of_module, is_the_models, model_frame
-from .codes import asks_for_types, catches_at, compares_by_is, compares_results
+from .codes import asks_for_types, catches_at, compares_arguments, compares_by_is, compares_results
 from .graphs import ObstacleError
 from .patching import patched
 from .proxies import Attribute, Guarded, Held, Mode
@@ -147,12 +147,14 @@ class GuardedTracer(fx.Tracer):
         return torch.Tensor if returned in (torch.Tensor, "Tensor") else None
 
     def _check_code(self) -> None:
-        """Refuse to go on where errors are caught, which nothing in a graph would be."""
+        """Refuse to go on in code that catches errors, or asks what a graph sees nothing of."""
         for frame in frames_of_module():
             if catches_at(frame.f_code, frame.f_lineno):
                 self.refuse("it catches errors of what it computes, which a graph would not")
             if asks_for_types(frame.f_code):
                 self.refuse("it needs the type() of a value that is known only at run time")
+            if compares_arguments(frame.f_code):
+                self.refuse("it compares an argument by 'is', which a graph keeps")
 
     def _check_answer(self, node: fx.Node) -> None:
         """Of an answer that the code may ask for by ``is`` a graph sees nothing: then nothing comes of it."""

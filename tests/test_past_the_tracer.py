@@ -229,6 +229,35 @@ class AsksForASlot(Base):
         return self.out(x) * (2 if more.mask is None else 1)
 
 
+class Lazy:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @property
+    def mask(self) -> int | None:
+        return self.number if self.number > 0 else None
+
+
+@case((X, Lazy(1)), lambda model: model(X, Lazy(-1)))
+class AsksForAProperty(AsksForASlot):
+    pass
+
+
+@case(X, lambda model: model(model.proto))
+class AsksForItsBuffer(Base):
+    def prepare(self) -> None:
+        self.register_buffer("proto", torch.ones(1, 3, 8, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(x) * (2 if x is self.proto else 1)
+
+
+@case((X, nn.Conv2d(1, 1, 1)), lambda model: model(X, model.last))
+class AsksForItsPart(Base):
+    def forward(self, x: Tensor, head: nn.Module) -> Any:
+        return self.out(x) * (2 if self.last is head else 1)
+
+
 def deep(value: Any) -> Any:
     for _ in range(6):
         value = SimpleNamespace(a=value)

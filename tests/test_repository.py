@@ -57,8 +57,8 @@ LAYERS = {
     ],
     1: ["recipe", "kernels", "carrying", "factors", "fitting", "forms", "passes.base"],
     2: [
-        "passes.calls",
         "passes.contents",
+        "passes.calls",
         "passes.attributes",
         "passes.graphs",
         "passes.entropy",
