@@ -45,10 +45,12 @@ class GaugeComposition(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Copies and combinations of the basis convolution's output (..., in_channels, H, W)."""
-        outputs = [input]
+        output = input  # also in memory, of which one channel says little
         if self.made:
-            outputs.append(nn.functional.conv2d(input, self.weight, groups=self.groups))
-        output = _channels(torch.cat(outputs, -3), self.order)
+            made = nn.functional.conv2d(input, self.weight, groups=self.groups)
+            output = torch.cat([input, made], -3)
+        if len(self.order) > 1:
+            output = _channels(output, self.order)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
     def dense_weight(self) -> Tensor:

@@ -80,6 +80,14 @@ def test_channels_last_is_kept(key: str, form: str) -> None:
         assert output(model, example).stride() == output(case.net(), example).stride()
 
 
+def test_one_filter_of_the_gauge_form_has_the_strides_of_the_convolution() -> None:
+    """With one channel they are ambiguous; dropout draws its numbers in their order."""
+    conv = nn.Conv2d(3, 1, 2).to(memory_format=torch.channels_last)
+    example = torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    form = compress(conv, example, layers=[1], size=1.0, form="gauge")
+    assert form(example).stride() == conv(example).stride()
+
+
 @pytest.mark.parametrize("form", ["output", "gauge", "weight"])
 def test_channels_last_is_kept_where_padding_wraps_around_a_1x1(form: str) -> None:
     conv = nn.Conv2d(4, 2, 1, padding=1, padding_mode="circular").to(memory_format=torch.channels_last)
