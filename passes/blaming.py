@@ -77,11 +77,11 @@ def model_frame() -> FrameType | None:
 def frames_of_module() -> Iterator[FrameType]:
     """The frames of the model's code inside of the module that is being traced, the innermost first."""
     frame = model_frame()
-    while frame is not None and frame.f_code.co_name != "call_module":
-        if frame.f_code is fx.Tracer.trace.__code__:
-            return
+    while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
         if is_the_models(frame.f_code.co_filename):
             yield frame
+        elif frame.f_code.co_name == "call_module":  # of the tracer: what calls the module is outside
+            return
         frame = frame.f_back
 
 

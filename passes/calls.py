@@ -101,8 +101,7 @@ def _kind_of(value: Any, name: str, seen: dict[int, str], depth: int = 8) -> str
     if seen.setdefault(id(value), name) != name:
         return seen[id(value)]
     if isinstance(value, torch.Tensor):
-        own = kind is nn.Parameter or not kind.__module__.startswith("torch")
-        return kind.__name__ if own else "Tensor"
+        return kind.__name__ if kind is nn.Parameter or is_own(kind) else "Tensor"
     if isinstance(value, nn.Module) or depth == 0:
         return kind.__name__
     if callable(value):

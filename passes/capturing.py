@@ -53,6 +53,7 @@ class _Way:
     Each of gradients and autocast is on and off in eval() and in train(), together and apart, so that a
     context that the model opens is not always the one that is open already. Where modes are watched, the
     modules are noted that others ask for their mode; it is changed by itself then, of one of them ``turned``.
+    There inference mode and another dtype of autocast are tried, too.
     """
 
     training: bool

@@ -199,17 +199,20 @@ def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
     """The graph of one module, for calls that give these arguments."""
     defaults = left_defaults(module, given)
     try:
-        for name, value in defaults.items():
-            if isinstance(value, (list, dict, set)):
-                raise ObstacleError(
-                    f"the default of its argument {name} is a {type(value).__name__}, which may change"
-                )
+        _check_defaults(defaults)
         captured = capture(module, defaults)
         kept = attributes_of(module, captured.entered)
         return as_graph(module, captured.graph, captured.constants, kept, captured.eval_only)
     except ObstacleError as obstacle:
         line = "" if ".py:" in str(obstacle) else f" ({definition_of(module)})"
         raise ObstacleError(f"{obstacle}{line}") from obstacle
+
+
+def _check_defaults(defaults: Mapping[str, Any]) -> None:
+    for name, value in defaults.items():
+        if isinstance(value, (list, dict, set)):
+            kind = type(value).__name__
+            raise ObstacleError(f"the default of its argument {name} is a {kind}, which may change")
 
 
 def _prove(

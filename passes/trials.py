@@ -54,9 +54,8 @@ def telling_parameters(model: nn.Module) -> Iterator[None]:
 
     What they scale would be the same right or wrong. Those that the model itself changes are not put back.
     """
-    drawn = [
-        (parameter, parameter.detach().clone()) for parameter in model.parameters() if _is_small(parameter)
-    ]
+    small = filter(_is_small, model.parameters())
+    drawn = [(parameter, parameter.detach().clone()) for parameter in small]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter, values in drawn:
@@ -72,13 +71,10 @@ def telling_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _is_small(parameter: Tensor) -> bool:
-    if (
-        parameter.is_meta
-        or not parameter.is_floating_point()
-        or 0 in (*parameter.stride(), parameter.numel())
-    ):
+    if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
         return False
-    return bool(parameter.detach().abs().amax() < _SMALL)
+    expanded = 0 in parameter.stride()  # which cannot be written to
+    return not expanded and bool(parameter.detach().abs().amax() < _SMALL)
 
 
 def _on_variants(model: nn.Module, example: ExampleInputs) -> dict[str, Any]:
