@@ -101,7 +101,8 @@ def _kind_of(value: Any, name: str, seen: dict[int, str], depth: int = 8) -> str
     if seen.setdefault(id(value), name) != name:
         return seen[id(value)]
     if isinstance(value, torch.Tensor):
-        return kind.__name__ if kind is nn.Parameter or is_own(kind) else "Tensor"
+        of_torch = kind.__module__.partition(".")[0] == "torch"  # asked so that torch.compile follows
+        return "Tensor" if of_torch and kind is not nn.Parameter else kind.__name__
     if isinstance(value, nn.Module) or depth == 0:
         return kind.__name__
     if callable(value):

@@ -135,12 +135,15 @@ def test_killed_at_twenty_moments(tmp_path: Path) -> None:
 
 
 def test_killed_with_its_pool_at_work(tmp_path: Path) -> None:
-    """The workers outlive the sweep, and the file is free all the same."""
+    """The workers outlive the sweep, and the file is free all the same.
+
+    A point takes longer than a line takes to the disk, or those on their way back would be without number.
+    """
     points, path, started = points_of(120), tmp_path / "results.jsonl", tmp_path / "started"
 
     def work() -> None:
         with ProcessPoolExecutor(2, mp_context=FORK) as pool:
-            sweep(points, partial(logged, started, 0.01), path=path, context="", executor=pool)
+            sweep(points, partial(logged, started, 0.05), path=path, context="", executor=pool)
 
     for _ in range(3):
         before = len(finished(path))
@@ -219,7 +222,7 @@ def deadly(number: int) -> Result:
 def test_a_lost_worker_breaks_a_pool_and_the_next_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     message = (
-        r"failed \(and \d+ more\): BrokenProcessPool: .*; pass a new executor and sweep again: those that"
+        r"failed( \(and \d+ more\))?: BrokenProcessPool: .*; pass a new executor and sweep again: those that"
     )
     with ProcessPoolExecutor(2, mp_context=FORK) as pool, pytest.raises(FxBasisError, match=message):
         sweep(points_of(300), deadly, path=path, context="", executor=pool)
