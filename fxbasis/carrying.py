@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .kernels import weight_hooks
 from .recipe import LAYER
 
-__all__ = ["carry_attributes", "carry_hooks", "has_hooks"]
+__all__ = ["carry_attributes", "carry_hooks", "has_hooks", "hooks_of"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,6 +25,13 @@ _HOOKS = (
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks of its own."""
     return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The functions that a call of the module runs beside its own."""
+    return [
+        hook for name in _HOOKS for hook in (getattr(module, name, None) or {}).values() if callable(hook)
+    ]
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:

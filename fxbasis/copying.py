@@ -51,6 +51,7 @@ def copy_model(model: Model, *, share_parameters: bool = False) -> Model:
             memo |= {id(parameter): _copied(parameter, memo) for parameter in own}
             _tie_(own, memo)
         memo |= {id(tensor): _without_history(tensor, memo) for tensor in computed}
+        memo |= _scripted(model, memo)
         with seeded():  # a class that builds its copies anew draws random numbers
             copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -103,6 +104,20 @@ def _copied(parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
             made.register_hook(hook)  # type: ignore[no-untyped-call]
         for after in (parameter._post_accumulate_grad_hooks or {}).values():
             made.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _scripted(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Copies of ScriptModules; those of deepcopy give their gradients to the original's parameters."""
+    made: dict[int, Any] = {}
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and id(module) not in inside:
+            inside.update(map(id, module.modules()))
+            with torch.no_grad():
+                copied = made[id(module)] = copy.deepcopy(module, memo)
+            for before, after in zip(module.parameters(), copied.parameters(), strict=True):
+                after.requires_grad_(before.requires_grad)
     return made
 
 

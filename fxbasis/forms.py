@@ -50,6 +50,12 @@ CLASS = "fxbasis_class"
 """Where the composition keeps the convolution's own class, if it has one."""
 
 
+_OF_STEPS = frozenset(
+    {"weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode", "kernel_size"}
+    | {"in_channels", "out_channels"}
+)
+
+
 class BasisConv2d(nn.Module):
     """A chain of convolutions in place of one Conv2d; input and output shapes are its own.
 
@@ -201,6 +207,15 @@ class BasisConv2d(nn.Module):
         if member is self or hasattr(nn.Conv2d, name):
             return super().__getattr__(name)
         return member.__get__(self, type(self)) if hasattr(member, "__get__") else member
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to set what the steps say: a step of another size would be no part of this layer."""
+        if name in _OF_STEPS:
+            raise AttributeError(
+                f"{self.plan}: {name} is read off the steps of its form, and cannot be set to {value!r}; "
+                "fold the model, set it, and compress again"
+            )
+        super().__setattr__(name, value)
 
     @property
     def plan(self) -> LayerPlan:

@@ -34,7 +34,17 @@ from torch import nn
 
 from ..nests import ATOMS
 
-__all__ = ["VALUES", "Contents", "Opener", "is_own", "is_own_name", "named_in_class", "names_in", "opener_of"]
+__all__ = [
+    "VALUES",
+    "Contents",
+    "Opener",
+    "is_own",
+    "is_own_name",
+    "named_in_class",
+    "names_in",
+    "opener_of",
+    "texts_in",
+]
 
 VALUES = ATOMS | {bytes, complex}
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "fxbasis"})
@@ -201,6 +211,13 @@ def names_in(code: CodeType) -> tuple[str, ...]:
     """The names of globals and attributes in a function's code, and in that of functions inside."""
     inner = [part for part in code.co_consts if isinstance(part, CodeType)]
     return tuple(dict.fromkeys((*code.co_names, *(name for part in inner for name in names_in(part)))))
+
+
+def texts_in(code: CodeType) -> list[str]:
+    """The texts in a function's code that may name an attribute, as for ``getattr``."""
+    found = [part for part in code.co_consts if isinstance(part, str) and part.isidentifier()]
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return found + [text for part in inner for text in texts_in(part)]
 
 
 def _named(space: Mapping[str, Any], names: tuple[str, ...], seen: set[int]) -> Iterator[Any]:

@@ -29,6 +29,7 @@ from ..errors import FxBasisWarning
 from ..nests import tensors_of
 from ..running import ExampleInputs, run, train_once
 from .base import MACS
+from .graphs import TracedModule
 
 __all__ = ["MacCounter", "count_macs"]
 
@@ -145,7 +146,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs, *, training: boo
 
 
 class _ByNode(nn.Module):
-    """Runs a GraphModule through an Interpreter that counts each node."""
+    """Runs a GraphModule through an Interpreter that counts each node, where its graph is what runs."""
 
     def __init__(self, graph_module: fx.GraphModule, counter: MacCounter) -> None:
         super().__init__()
@@ -153,6 +154,9 @@ class _ByNode(nn.Module):
         self.counter = counter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        graph_module = self.graph_module
+        if isinstance(graph_module, TracedModule) and not graph_module.serves(args, kwargs):
+            return graph_module(*args, **kwargs)
         bound = inspect.signature(self.graph_module.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         return _Interpreter(self.graph_module, self.counter).run(*bound.args, *bound.kwargs.values())

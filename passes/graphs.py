@@ -83,6 +83,11 @@ class TracedModule(fx.GraphModule, _Blank):
         """Whether its attributes are those that the graph kept, and its parts those of the last pass."""
         return unchanged(cast(Any, type(self))._places)
 
+    def serves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the graph stands for this call, or the model's own forward runs."""
+        in_mode = not (self._eval_only and self.training)
+        return in_mode and _is_proven(self, defaults_of(_model_class(type(self)).forward), args, kwargs)
+
     def serve(self, calls: Collection[str]) -> None:
         """Run the graph for these kinds of calls, the model's own forward for others; for all without any."""
         kinds = cast(Any, type(self)).__mro__
@@ -171,13 +176,18 @@ def _where_proven(graph: Any, python: Any) -> Any:
 
     @functools.wraps(graph)
     def forward(self: TracedModule, *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(part, fx.Proxy) for part in (*args, *kwargs.values())):
-            known = not self._calls or kind_of_call(defaults, args, kwargs) in self._calls
-            if not known or not (torch.compiler.is_compiling() or self._is_as_traced()):
-                return python(self, *args, **kwargs)
-        return graph(self, *args, **kwargs)
+        proxies = any(isinstance(part, fx.Proxy) for part in (*args, *kwargs.values()))
+        if proxies or _is_proven(self, defaults, args, kwargs):
+            return graph(self, *args, **kwargs)
+        return python(self, *args, **kwargs)
 
     return forward
+
+
+def _is_proven(traced: TracedModule, defaults: Mapping[str, Any], args: Any, kwargs: Any) -> bool:
+    """Whether the graph was proven on calls of this kind, and nothing was set since; not for Dynamo."""
+    known = not traced._calls or kind_of_call(defaults, args, kwargs) in traced._calls
+    return known and (torch.compiler.is_dynamo_compiling() or traced._is_as_traced())
 
 
 def as_graph(

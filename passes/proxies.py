@@ -139,6 +139,10 @@ class Held(Guarded, ParameterProxy):
     def __class__(self) -> Any:
         return type(vars(self).get("param", self)) if _asked_by_model() else type(self)
 
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor; fx's takes no dimension."""
+        return self.param.size() if dim is None else self.param.size(dim)
+
 
 def _asked_by_model() -> bool:
     """Whether the code that asks is neither of torch nor of this package."""

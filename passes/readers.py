@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from ..copying import memory_of
 from ..forms import BasisConv2d
 from ..nests import ATOMS, parts_of_object
 
-__all__ = ["makes_alike", "readers_in"]
+__all__ = ["PAST", "makes_alike", "readers_in"]
+
+PAST = "its forward is called, past the module; call the module itself to compress it"
 
 _LIKE_THE_OTHER = ("type_as", "to", "view_as", "expand_as", "reshape_as")
 _KIND = ("shape", "dtype", "device", "ndim", "size", "dim", "is_floating_point")
@@ -37,8 +40,15 @@ def readers_in(model: nn.Module, layers: Mapping[str, nn.Conv2d | BasisConv2d]) 
         owner, _, key = str(node.target).rpartition(".")
         users = [user for user in node.users if not _asks_for_kind(user, node)]
         if owner in layers and users:
-            read[owner] = f"its {key} is also read by node {users[0].name}"
+            past = all(_is_forward(user, layers[owner]) for user in users)
+            read[owner] = PAST if past else f"its {key} is also read by node {users[0].name}"
     return read
+
+
+def _is_forward(user: fx.Node, conv: nn.Conv2d | BasisConv2d) -> bool:
+    """Whether a node is written as by the forward of this convolution, all seven arguments in order."""
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return user.target is torch.conv2d and user.args[3:] == options
 
 
 def _held_plainly(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -23,7 +23,7 @@ from ..forms import BasisConv2d
 from ..kernels import weight_hooks
 from ..nests import tensors_in, tensors_of
 from ..running import ExampleInputs, run
-from .readers import makes_alike
+from .readers import PAST, makes_alike
 
 __all__ = ["Call", "FunctionalConv", "Seen", "watched_run"]
 
@@ -194,6 +194,9 @@ class _Watch(TorchFunctionMode):
         name = self._owner(tensor)
         if name is None or any(module is self.convs[name] for _, module in self.stack):
             return
+        if self._inside() is self.convs[name]:
+            self.readers.setdefault(name, PAST)
+            return
         kind = "bias" if tensor is self.convs[name]._parameters.get("bias") else "weight"
         who = who or f"the forward of {type(self.stack[-1][1]).__name__} ({_source()})"
         self.readers.setdefault(name, f"its {kind} is also read by {who}")
@@ -223,10 +226,15 @@ class _Watch(TorchFunctionMode):
 
     def _reason(self) -> str:
         """Why the convolution that runs is not compressed."""
-        owners = [frame.f_locals.get("self") for frame in _frames()]
-        convs = [owner for owner in owners if isinstance(owner, nn.Conv2d)]
-        known = any(conv is layer for conv in convs for layer in self.convs.values())
-        return UNREGISTERED if convs and not known else REMEDY
+        conv = self._inside()
+        if conv is None:
+            return REMEDY
+        return f"functional: {PAST}" if any(conv is layer for layer in self.convs.values()) else UNREGISTERED
+
+    def _inside(self) -> nn.Conv2d | None:
+        """The convolution whose own code runs, also where it was not called as a module."""
+        owners = (frame.f_locals.get("self") for frame in _frames())
+        return next((owner for owner in owners if isinstance(owner, nn.Conv2d)), None)
 
     def _place(self) -> tuple[str, str]:
         """Scope and source of a functional convolution; in a graph, whose calls come in order, its node."""

@@ -89,3 +89,28 @@ def test_loaded_into_a_model_with_a_replaced_forward(tmp_path: Any) -> None:
 
     small = compress(made(), X, layers=[1], size=4)
     assert torch.equal(load(made(), save(small, tmp_path))(X), small(X))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.fixed = nn.Parameter(torch.ones(4, 1, 1)), nn.Parameter(torch.ones(1), False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale * self.fixed
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::fxbasis.FxBasisWarning")
+@pytest.mark.parametrize(
+    "close", [torch.jit.script, lambda part: torch.jit.trace(part, torch.ones(1, 4, 1, 1))]
+)
+def test_a_copy_trains_its_own_script_modules(close: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), close(Scaled()), nn.ReLU())
+    for copied in (copy_model(model), compress(model, X, layers="re:.*", size=1.0)):
+        wanted = [parameter.requires_grad for parameter in copied[1].parameters()]
+        assert wanted == [True, False]
+        torch.optim.SGD(copied.parameters(), 0.1)  # refuses parameters that are computed
+        copied(X).sum().backward()
+        assert copied[1].scale.grad is not None
+        assert model[1].scale.grad is None
+        assert copied[1].scale.data_ptr() != model[1].scale.data_ptr()

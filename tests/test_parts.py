@@ -366,3 +366,35 @@ def test_specialised_to_the_size_of_the_example_is_noticed() -> None:
     traced = trace(model, X)
     assert_behaves_as(model, traced, X, X3)
     assert graphs(traced)["0"] is False
+
+
+class SizeOfWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv2d(3, 4, 3), nn.Parameter(torch.ones(5, 4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(self.conv(x), self.weight.view(self.weight.size(0), -1, 1, self.weight.size(dim=3)))
+
+
+def test_one_size_of_a_parameter_is_known() -> None:
+    assert parts_of(trace(SizeOfWeight(), X))[0].graph
+
+
+class TupleDefault(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
+        return self.conv(x).mean(axes)
+
+
+def test_a_tuple_as_a_default_is_named_and_works() -> None:
+    model = TupleDefault()
+    traced = trace(model, X)
+    assert parts_of(traced)[0].reason.startswith(
+        "the default of its argument axes is a tuple, which torch.fx"
+    )
+    assert torch.equal(traced(X), model(X))
+    assert torch.equal(traced(X, (1,)), model(X, (1,)))

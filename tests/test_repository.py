@@ -59,6 +59,7 @@ LAYERS = {
     2: [
         "passes.contents",
         "passes.calls",
+        "passes.pictures",
         "passes.attributes",
         "passes.graphs",
         "passes.entropy",

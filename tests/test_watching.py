@@ -386,3 +386,28 @@ def test_tied_originals_of_parametrizations_are_seen() -> None:
     assert [record.reason for record in number_convs(model, X)] == [
         f"its parameter is also {other}.parametrizations.weight.original1" for other in (1, 0)
     ]
+
+
+class CallsForward(Base):
+    def read(self, x: Tensor) -> Tensor:
+        return x + self.other.forward(x)
+
+
+class OnlyForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.conv.forward(x))
+
+
+def test_a_forward_that_is_called_past_its_module_is_named() -> None:
+    model = OnlyForward()
+    reason = "its forward is called, past the module; call the module itself to compress it"
+    for one in (model, trace(model, X)):
+        assert reason in str(number_convs(one, X)[0].reason)
+    assert number_convs(model, X).functional[0].reason == f"functional: {reason}"
+    assert number_convs(CallsForward(), X)[1].reason == reason
+    with pytest.raises(LayerError, match=rf"conv 1 \(conv\).*{reason}; leave it out of layers="):
+        quiet(compress, model, X, layers=[1], size=4)
