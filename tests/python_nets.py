@@ -234,7 +234,7 @@ PYTHON: dict[str, tuple[Case, str]] = {
     "random numbers in forward": (Case(DrawsInForward), ""),
     "buffer that counts": (Case(CountsCalls), r"sets its attribute count.*python_nets\.py:\d+"),
     "item assignment": (Case(ItemAssignment), r"python_nets\.py:\d+"),
-    "tuple as default": (Case(TupleDefault), "no Python code"),
+    "tuple as default": (Case(TupleDefault), "default of its argument size is a tuple"),
     "function as default": (Case(FunctionDefault), "NotImplementedError"),
     "reserved names": (Case(ReservedNames, 3), "graph has another meaning"),
     "keyword as a name": (Case(KeywordName, 3), "no Python code"),

@@ -379,22 +379,3 @@ class SizeOfWeight(nn.Module):
 
 def test_one_size_of_a_parameter_is_known() -> None:
     assert parts_of(trace(SizeOfWeight(), X))[0].graph
-
-
-class TupleDefault(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor, axes: tuple[int, ...] = (2, 3)) -> Tensor:
-        return self.conv(x).mean(axes)
-
-
-def test_a_tuple_as_a_default_is_named_and_works() -> None:
-    model = TupleDefault()
-    traced = trace(model, X)
-    assert parts_of(traced)[0].reason.startswith(
-        "the default of its argument axes is a tuple, which torch.fx"
-    )
-    assert torch.equal(traced(X), model(X))
-    assert torch.equal(traced(X, (1,)), model(X, (1,)))
