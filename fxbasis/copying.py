@@ -19,7 +19,7 @@ from .nests import ATOMS, tensors_of
 from .rebinding import rebind_
 from .running import COMPILED, is_compiled, seeded
 
-__all__ = ["KEEPS_PARAMETERS", "Model", "check_module", "copy_model", "copy_to_run", "memory_of"]
+__all__ = ["KEEPS_PARAMETERS", "Model", "check_module", "copy_model", "copy_to_run", "memory_of", "release_"]
 
 KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
 _EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
@@ -86,6 +86,13 @@ def copy_to_run(model: Model) -> Model:
     """
     check_module(model)
     return copy_model(model, share_parameters=vars(model).get(KEEPS_PARAMETERS) is True)
+
+
+def release_(copied: nn.Module) -> None:
+    """Empty a copy that is done with: a graph and its module hold each other, and with them its weights."""
+    for module in list(copied.modules()):
+        if not isinstance(module, torch.jit.ScriptModule):
+            vars(module).clear()
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .carrying import carry_hooks
 from .comparing import Difference, check_equal
-from .copying import copy_to_run
+from .copying import copy_to_run, release_
 from .errors import InputError, VerificationError
 from .forms import BasisConv2d
 from .kernels import kernel_of, makers_of, original_forward, own_class
@@ -96,8 +96,18 @@ def _differences(
     original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool
 ) -> list[Difference]:
     """The difference of each call of a layer, in one mode; none where the original refuses that mode."""
-    reference: nn.Module = copy_to_run(original)
-    checked = copy_to_run(compressed)
+    reference, checked = copy_to_run(original), copy_to_run(compressed)
+    try:
+        return _compared(reference, checked, example_inputs, training=training)
+    finally:
+        release_(reference)
+        release_(checked)
+
+
+def _compared(
+    reference: nn.Module, checked: nn.Module, example_inputs: ExampleInputs, *, training: bool
+) -> list[Difference]:
+    """The same of copies, which are changed."""
     dense: dict[str, Any] = dict(conv_layers(reference))
     found = [Difference(0.0, 0.0)]
     calls: Counter[LayerPlan] = Counter()
@@ -124,7 +134,7 @@ def _differences(
                 "class is asked for, where it cannot be exchanged; keep it in an nn.ModuleList, or leave it "
                 "out of layers="
             )
-    what = f"compressed {type(original).__name__} against the original with the folded weights"
+    what = f"compressed {type(reference).__name__} against the original with the folded weights"
     what += " in train()" * training
     check_equal(expected, actual, what, "leave it as it is and report the model")
     return found
