@@ -50,12 +50,6 @@ CLASS = "fxbasis_class"
 """Where the composition keeps the convolution's own class, if it has one."""
 
 
-_OF_STEPS = frozenset(
-    {"weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode", "kernel_size"}
-    | {"in_channels", "out_channels"}
-)
-
-
 class BasisConv2d(nn.Module):
     """A chain of convolutions in place of one Conv2d; input and output shapes are its own.
 
@@ -209,8 +203,8 @@ class BasisConv2d(nn.Module):
         return member.__get__(self, type(self)) if hasattr(member, "__get__") else member
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse to set what the steps say: a step of another size would be no part of this layer."""
-        if name in _OF_STEPS:
+        """Refuse to set what is read off the steps, which are made for one another."""
+        if isinstance(inspect.getattr_static(type(self), name, None), property):
             raise AttributeError(
                 f"{self.plan}: {name} is read off the steps of its form, and cannot be set to {value!r}; "
                 "fold the model, set it, and compress again"

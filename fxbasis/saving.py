@@ -23,7 +23,7 @@ from .errors import PlanError
 from .files import made_folder, replacing
 from .passes.numbering import conv_layers
 from .passes.rewriting import check_plan, rewrite
-from .passes.tracing import Part, parts_of, retrace
+from .passes.tracing import Part, parts_of, retrace_
 from .recipe import FORECAST, Plan, read_json
 from .stored_state import StoredState, save_state
 
@@ -79,9 +79,9 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     _check_hash(folder / WEIGHTS_FILE, content.get("weights_sha256"))
     check_plan(model, plan)
     _check_options(model, plan, content.get("options"))
-    stored, copied = StoredState(folder / WEIGHTS_FILE), copy_model(model)
-    stored.load_as_the_original(copied, plan)  # a graph keeps what its hooks set
-    loaded = retrace(copied, _graphs(content.get("graphs"), folder / PLAN_FILE))
+    stored, loaded = StoredState(folder / WEIGHTS_FILE), copy_model(model)
+    stored.load_as_the_original(loaded, plan)  # a graph keeps what its hooks set
+    retrace_(loaded, _graphs(content.get("graphs"), folder / PLAN_FILE))
     rewrite(loaded, plan, empty=True)
     stored.load_forms(loaded)
     if plan.forecast:

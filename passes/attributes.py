@@ -25,6 +25,7 @@ from .pictures import is_plain, picture_of
 __all__ = ["Attributes", "Places", "attributes_of", "places_of", "unchanged"]
 
 _ABSENT = "<absent>"
+_NONE = object()  # which no attribute is
 _OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph())))
 _FORWARD = frozenset({"forward"})
 
@@ -40,8 +41,9 @@ class _OfModule(NamedTuple):
 class Places(NamedTuple):
     """Where to look for what was kept; ``gone`` where a module is missing.
 
-    ``values`` have where each is found, its picture, and itself if that alone tells; ``absent`` the names
-    that a module must not have; ``uncalled`` the modules whose hooks a graph passes by.
+    ``values`` have where each is found, its name, its picture, and itself if that tells the picture;
+    ``absent`` the names that a module must not have; ``parts`` its submodules now and then; ``uncalled`` the
+    modules that the graph does not call, and whose hooks it passes by.
     """
 
     values: list[tuple[Mapping[str, Any], str, Any, Any]]
@@ -118,7 +120,8 @@ def _values(module: nn.Module, kept: _OfModule) -> Iterator[tuple[Mapping[str, A
     for key, picture in kept.values.items():
         holder = _found(module, key)
         value = holder.get(key, _ABSENT)
-        yield holder, key, picture, value if is_plain(value) and picture_of(value) == picture else kept
+        tells = is_plain(value) and picture_of(value) == picture
+        yield holder, key, picture, value if tells else _NONE
 
 
 def unchanged(places: Places) -> bool:
@@ -127,7 +130,7 @@ def unchanged(places: Places) -> bool:
         return False
     if any(not names.isdisjoint(held) for held, names in places.absent):
         return False
-    if any(has_hooks(module) and _is_hooked(module) for module in places.uncalled):
+    if any(map(_is_hooked, places.uncalled)):
         return False
     return all(_is_same(held.get(key, _ABSENT), *kept) for held, key, *kept in places.values)
 
@@ -138,6 +141,8 @@ def _is_same(value: Any, picture: Any, itself: Any) -> bool:
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether others than this package's own watchers put hooks on it."""
+    if not has_hooks(module):  # the most frequent, and the fastest
+        return False
     hooks = (getattr(hook, "func", hook) for hook in hooks_of(module))
     return any(not str(getattr(hook, "__module__", "")).startswith("fxbasis.") for hook in hooks)
 

@@ -155,11 +155,11 @@ class _ByNode(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         graph_module = self.graph_module
-        if isinstance(graph_module, TracedModule) and not graph_module.serves(args, kwargs):
+        if isinstance(graph_module, TracedModule) and not graph_module.runs_graph(args, kwargs):
             return graph_module(*args, **kwargs)
-        bound = inspect.signature(self.graph_module.forward).bind(*args, **kwargs)
+        bound = inspect.signature(graph_module.forward).bind(*args, **kwargs)
         bound.apply_defaults()
-        return _Interpreter(self.graph_module, self.counter).run(*bound.args, *bound.kwargs.values())
+        return _Interpreter(graph_module, self.counter).run(*bound.args, *bound.kwargs.values())
 
 
 class _Interpreter(fx.Interpreter):

@@ -83,8 +83,8 @@ class TracedModule(fx.GraphModule, _Blank):
         """Whether its attributes are those that the graph kept, and its parts those of the last pass."""
         return unchanged(cast(Any, type(self))._places)
 
-    def serves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the graph stands for this call, or the model's own forward runs."""
+    def runs_graph(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the graph runs for this call, or the forward of the model's class."""
         in_mode = not (self._eval_only and self.training)
         return in_mode and _is_proven(self, defaults_of(_model_class(type(self)).forward), args, kwargs)
 
@@ -185,7 +185,7 @@ def _where_proven(graph: Any, python: Any) -> Any:
 
 
 def _is_proven(traced: TracedModule, defaults: Mapping[str, Any], args: Any, kwargs: Any) -> bool:
-    """Whether the graph was proven on calls of this kind, and nothing was set since; not for Dynamo."""
+    """Whether the graph was proven on calls of this kind, and nothing was set since (Dynamo cannot ask)."""
     known = not traced._calls or kind_of_call(defaults, args, kwargs) in traced._calls
     return known and (torch.compiler.is_dynamo_compiling() or traced._is_as_traced())
 

@@ -210,7 +210,7 @@ def _graph_of(module: nn.Module, given: Collection[str]) -> TracedModule:
 
 def _check_defaults(defaults: Mapping[str, Any]) -> None:
     for name, value in defaults.items():
-        if type(value) is tuple:
+        if isinstance(value, tuple):
             raise ObstacleError(f"the default of its argument {name} is a tuple, which torch.fx takes apart")
         if isinstance(value, (list, dict, set)):
             kind = type(value).__name__

@@ -41,7 +41,9 @@ def _picture(value: Any, deep: int, left: Any) -> Any:
         return kind.__name__, value
     if isinstance(value, (torch.Tensor, nn.Module)):
         return "tensor" if isinstance(value, torch.Tensor) else "module"
-    if isinstance(value, _SAID) or (isinstance(value, Enum) and not isinstance(value, type)):
+    if isinstance(value, Enum):
+        return _name(kind), value.name, repr(value.value)
+    if isinstance(value, _SAID):
         return _name(kind), str(value)
     if isinstance(value, _PLACED):
         return _name(kind), *_place(value)

@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
 
-from ..copying import KEEPS_PARAMETERS, Model, check_module, copy_model
+from ..copying import KEEPS_PARAMETERS, check_module, copy_model
 from ..errors import FxBasisWarning, LayerError, PlanError, TraceError
 from ..forms import BasisConv2d
 from ..running import ExampleInputs
@@ -28,7 +28,7 @@ from .blaming import definition_of
 from .graphs import ObstacleError
 from .parts import Part, become_graphs, find_parts
 
-__all__ = ["Part", "parts_of", "python_in_train", "retrace", "trace"]
+__all__ = ["Part", "parts_of", "python_in_train", "retrace_", "trace"]
 
 PARTS = "fxbasis_parts"
 
@@ -94,21 +94,19 @@ def python_in_train(traced: nn.Module) -> bool:
     return any(not part.graph or bool(part.reason) for part in vars(traced)[PARTS])
 
 
-def retrace(model: Model, parts: Collection[Part]) -> Model:
-    """A copy in which these parts are graphs again, as ``parts_of`` gave them.
+def retrace_(model: nn.Module, parts: Collection[Part]) -> None:
+    """Make these parts of a copy graphs again, as ``parts_of`` gave them.
 
     Raises:
         PlanError: when one of them cannot be traced as it was.
     """
     refuse_lazy(model)
-    copied = copy_model(model)
     try:
-        vars(copied)[PARTS] = become_graphs(copied, parts)
+        vars(model)[PARTS] = become_graphs(model, parts)
     except (ObstacleError, AttributeError) as error:
         raise PlanError(
             f"{type(model).__name__} cannot be traced as it was: {error}; use the model that was compressed"
         ) from error
-    return copied
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from fxbasis import (
     save,
     trace,
 )
-from fxbasis.passes.tracing import retrace
+from fxbasis.passes.tracing import retrace_
 
 X3 = torch.randn(3, 3, 12, 10, generator=torch.Generator().manual_seed(2))
 
@@ -343,11 +343,11 @@ def test_without_inputs_parts_are_graphs_unless_their_arguments_are_unknown() ->
 
 def test_retrace_refuses_what_is_not_there() -> None:
     with pytest.raises(PlanError, match=r"cannot be traced as it was: .*; use the model that was compressed"):
-        retrace(LoopsOverTheBatch(), [Part("missing", True, given=("x",))])
+        retrace_(LoopsOverTheBatch(), [Part("missing", True, given=("x",))])
     with pytest.raises(PlanError, match="cannot be traced as it was"):
-        retrace(LoopsOverTheBatch(), [Part("", True, given=("x",))])
+        retrace_(LoopsOverTheBatch(), [Part("", True, given=("x",))])
     with pytest.raises(PlanError, match="0 is a convolution, which is no graph; use the model"):
-        retrace(nn.Sequential(nn.Conv2d(3, 8, 3)), [Part("0", True, given=("x",))])
+        retrace_(nn.Sequential(nn.Conv2d(3, 8, 3)), [Part("0", True, given=("x",))])
 
 
 def test_specialised_to_the_size_of_the_example_is_noticed() -> None:
