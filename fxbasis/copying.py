@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,15 @@ from .nests import ATOMS, tensors_of
 from .rebinding import rebind_
 from .running import COMPILED, is_compiled, seeded
 
-__all__ = ["KEEPS_PARAMETERS", "Model", "check_module", "copy_model", "copy_to_run", "memory_of", "release_"]
+__all__ = [
+    "KEEPS_PARAMETERS",
+    "Model",
+    "check_module",
+    "copy_model",
+    "copy_to_run",
+    "memory_of",
+    "passing_copy",
+]
 
 KEEPS_PARAMETERS = "fxbasis_keeps_parameters"
 _EMPTY = (OrderedDict, dict, set)  # each module holds a dozen of them for hooks, slow to deepcopy
@@ -88,11 +97,16 @@ def copy_to_run(model: Model) -> Model:
     return copy_model(model, share_parameters=vars(model).get(KEEPS_PARAMETERS) is True)
 
 
-def release_(copied: nn.Module) -> None:
-    """Empty a copy that is done with: a graph and its module hold each other, and with them its weights."""
-    for module in list(copied.modules()):
-        if not isinstance(module, torch.jit.ScriptModule):
-            vars(module).clear()
+@contextmanager
+def passing_copy(model: Model) -> Iterator[Model]:
+    """``copy_to_run`` for a block, emptied after it: its graphs and hooks hold each other, and weights."""
+    copied = copy_to_run(model)
+    try:
+        yield copied
+    finally:
+        for module in list(copied.modules()):
+            if not isinstance(module, torch.jit.ScriptModule):
+                vars(module).clear()
 
 
 def memory_of(tensor: Tensor) -> int:

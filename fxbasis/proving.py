@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .carrying import carry_hooks
 from .comparing import Difference, check_equal
-from .copying import copy_to_run, release_
+from .copying import passing_copy
 from .errors import InputError, VerificationError
 from .forms import BasisConv2d
 from .kernels import kernel_of, makers_of, original_forward, own_class
@@ -96,12 +96,8 @@ def _differences(
     original: nn.Module, compressed: nn.Module, example_inputs: ExampleInputs, *, training: bool
 ) -> list[Difference]:
     """The difference of each call of a layer, in one mode; none where the original refuses that mode."""
-    reference, checked = copy_to_run(original), copy_to_run(compressed)
-    try:
+    with passing_copy(original) as reference, passing_copy(compressed) as checked:
         return _compared(reference, checked, example_inputs, training=training)
-    finally:
-        release_(reference)
-        release_(checked)
 
 
 def _compared(

@@ -126,6 +126,8 @@ def capture(model: nn.Module, defaults: Mapping[str, Any]) -> Capture:
                 break
             else:
                 raise
+        finally:
+            subject.let_go()
     constants = found.constants.items()
     renew_constants(found.graph, {name for name, value in constants if isinstance(value, torch.Tensor)})
     return found
@@ -195,6 +197,11 @@ class _Subject:
             name = str(node.target).rpartition("_")[0]
             node.target = name if name in defaults else node.target
         return Capture(graph, constants, frozenset(tracer.entered), frozenset(tracer.asked))
+
+    def let_go(self) -> None:
+        """Leave the parameters to the model: tracers and copies hold each other, and would keep them."""
+        for module in self.own.values():
+            module._parameters.clear()
 
     def _check_unchanged(self, entered: set[str], way: _Way) -> None:
         """Refuse state that was set, blaming the innermost of the modules that ran and reach it."""

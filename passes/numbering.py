@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
 from ..arguments import check_flags
-from ..copying import check_module, copy_to_run
+from ..copying import check_module, passing_copy
 from ..costs import ConvShape, dense_macs, dense_params
 from ..errors import InputError, LayerError
 from ..forms import RESERVED, BasisConv2d, as_form, layer_plan
@@ -101,10 +101,10 @@ def number_convs(
 
 
 def _seen(model: nn.Module, example_inputs: ExampleInputs) -> Seen:
-    copied, again = copy_to_run(model), copy_to_run(model) if python_in_train(model) else None
-    seen = watched_run(copied, conv_layers(copied), example_inputs)
-    with suppress(InputError):  # BatchNorm refuses a batch of one in train()
-        if again is not None:
+    with passing_copy(model) as copied:
+        seen = watched_run(copied, conv_layers(copied), example_inputs)
+    if python_in_train(model):
+        with suppress(InputError), passing_copy(model) as again:  # as BatchNorm does with a batch of one
             trained = watched_run(again, conv_layers(again), example_inputs, training=True)
             seen = replace(seen, readers=trained.readers | seen.readers)
     return seen

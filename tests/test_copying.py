@@ -1,6 +1,9 @@
 """A deep copy holds together: what it calls is the copy."""
 
+import gc
 import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +117,34 @@ def test_a_copy_trains_its_own_script_modules(close: Any) -> None:
         assert copied[1].scale.grad is not None
         assert model[1].scale.grad is None
         assert copied[1].scale.data_ptr() != model[1].scale.data_ptr()
+
+
+def weights_alive() -> int:
+    """Bytes of all large tensors that are not freed."""
+    alive = [part for part in gc.get_objects() if isinstance(part, Tensor) and part.numel() > 10_000]
+    return sum({part.data_ptr(): part.nbytes for part in alive}.values())
+
+
+WAYS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "traced": lambda model, path: trace(model, X),
+    "numbered": lambda model, path: number_convs(model, X),
+    "compressed": lambda model, path: compress(model, X),
+    "compressed from a graph": lambda model, path: (graph := trace(model, X), compress(graph, X)),
+    "loaded": lambda model, path: load(model, path),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_weights_wait_for_the_garbage_collector(way: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 160, 3), nn.ReLU(), nn.Conv2d(160, 160, 3)).eval()
+    save(compress(model, X), tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        kept = WAYS[way](model, tmp_path)
+        alive = weights_alive()
+        gc.collect()
+        assert alive == weights_alive()
+    finally:
+        gc.enable()
+    assert kept is not None
