@@ -12,7 +12,7 @@ from behaviour import X
 from torch import Tensor, nn
 
 from fxbasis import ExportError, TraceError, compress, export_onnx, load, number_convs, profile, save, trace
-from fxbasis.copying import copy_model
+from fxbasis.copying import copy_model, memory_of
 
 
 class Entangled(nn.Module):
@@ -121,8 +121,8 @@ def test_a_copy_trains_its_own_script_modules(close: Any) -> None:
 
 def weights_alive() -> int:
     """Bytes of all large tensors that are not freed."""
-    alive = [part for part in gc.get_objects() if isinstance(part, Tensor) and part.numel() > 10_000]
-    return sum({part.data_ptr(): part.nbytes for part in alive}.values())
+    tensors = [part for part in gc.get_objects() if type(part) in (Tensor, nn.Parameter)]  # asking no object
+    return sum({memory_of(part): part.nbytes for part in tensors if part.numel() > 10_000}.values())
 
 
 WAYS: dict[str, Callable[[nn.Module, Path], object]] = {
