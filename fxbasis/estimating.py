@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -35,6 +36,7 @@ Estimate = tuple[float, float]
 """A change and its standard error."""
 Score: TypeAlias = Callable[[nn.Module], float]
 _WHOLE = "the model itself"
+_ALONE = RLock()
 
 
 def weights_of(fitted: Mapping[str, Sequence[Fitted]]) -> dict[Key, dict[str, Tensor]]:
@@ -97,7 +99,10 @@ class _Point:
 
 @dataclass(frozen=True)
 class _OneLayer:
-    """Builds the model with one layer compressed, or none, and measures it; goes to other processes whole."""
+    """Builds the model with one layer compressed, or none, and measures it; goes to other processes whole.
+
+    In one process one at a time: the random state, and what fx patches while it traces, are of all threads.
+    """
 
     model: nn.Module
     table: Any
@@ -107,7 +112,7 @@ class _OneLayer:
     threads: int
 
     def __call__(self, point: _Point | None) -> dict[str, float]:
-        with _threads(self.threads):
+        with _ALONE, _threads(self.threads):
             return self._measured(point)
 
     def _measured(self, point: _Point | None) -> dict[str, float]:

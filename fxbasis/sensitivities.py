@@ -207,7 +207,8 @@ def sensitivities(
         path: a file that keeps each point of measured and evaluate as it is done; such a run resumes. Points
             are found again by the model, the data, and the source of ``evaluate``; not by what it reads.
         executor: for measured and evaluate, any of ``concurrent.futures``, or a Dask client's. Workers use as
-            many threads as ``torch.get_num_threads()`` says here.
+            many threads as ``torch.get_num_threads()`` says here; those of one process take turns, so it is
+            processes that save time.
         minutes: for measured and evaluate, after which no point is started.
 
     Source: arXiv 2408.06024 section 3.2 for the question; the estimators stand at the top of the module.

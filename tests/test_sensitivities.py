@@ -3,6 +3,7 @@
 import csv
 import functools
 import multiprocessing
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,23 @@ def test_executors_give_the_same_numbers() -> None:
         for settings in ({"estimator": "measured"}, {"evaluate": training}):
             alone = changes(layers="conv2", **settings)
             assert changes(layers="conv2", executor=processes, **settings) == alone
+
+
+def test_points_of_threads_take_turns() -> None:
+    inside: list[nn.Module] = []
+    together: set[int] = set()
+
+    def score(model: nn.Module) -> float:
+        inside.append(model)
+        time.sleep(0.05)  # for the other thread
+        together.add(len(inside))
+        inside.remove(model)
+        return training(model)
+
+    with ThreadPoolExecutor(2) as threads:
+        found = changes(layers="conv2", executor=threads, evaluate=score)
+    assert together == {1}
+    assert found == changes(layers="conv2", evaluate=training)
 
 
 def test_dask_gives_the_same_numbers() -> None:
